@@ -1,0 +1,8 @@
+"""Audits: a grid of learners with controls, and what it says."""
+
+from privet.audit.flags import Facts, Flag
+from privet.audit.run import Audit, run_audit
+from privet.audit.store import Cell, Plan, RunStore
+from privet.audit.verdict import Grade, Verdict
+
+__all__ = ["Audit", "Cell", "Facts", "Flag", "Grade", "Plan", "RunStore", "Verdict", "run_audit"]

@@ -1,0 +1,204 @@
+"""Reasons to doubt an audit, found by the audit itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from privet.audit.statistics import Row, kept, select
+from privet.audit.store import Plan
+from privet.models import family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One reason for doubt.
+
+    Attributes:
+        name: stable, for programs.
+        grave: whether no verdict can be given because of it.
+        narrow: whether too little was tried to say that a protection holds.
+        says: what was found, what it means, and what to do.
+    """
+
+    name: str
+    grave: bool = False
+    narrow: bool = False
+    says: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of the files beside the grid.
+
+    Attributes:
+        chance: accuracy of always naming the commonest class.
+        test: number of test images.
+        paired: images of the protected set that were found in the clean one.
+        unpaired: images of either set without a counterpart.
+        overlap: test images whose pixels are also among the clean training images.
+        linf: the largest change of a pixel, in 1/255.
+        protection: run.json of the protected set, if it has one.
+    """
+
+    chance: float
+    test: int
+    paired: int
+    unpaired: int
+    overlap: int
+    linf: int
+    protection: dict[str, Any] | None
+
+
+# A flag is raised beyond these.
+CONTROL_KEPT = 0.75  # what the random control must leave learnable
+LEARNED = 0.10  # clean accuracy must exceed chance by this
+EARLY_STOPPING = 0.05  # best epoch above the last
+SPREAD = 0.05  # standard deviation over seeds
+SMALL_TEST = 500  # images
+
+
+def find_flags(plan: Plan, table: Sequence[Row], facts: Facts) -> list[Flag]:
+    """Return every reason to doubt this audit, gravest first."""
+    flags = [
+        *_controls(plan, table, facts),
+        *_design(plan, facts),
+        *_training(table),
+        *_files(facts),
+    ]
+    return sorted(flags, key=lambda flag: not flag.grave)
+
+
+def _controls(plan: Plan, table: Sequence[Row], facts: Facts) -> list[Flag]:
+    flags = []
+    for architecture in plan.architectures:
+        (clean,) = select(table, data="clean", recovery="none", architecture=architecture)
+        (random,) = select(table, data="random", recovery="none", architecture=architecture)
+        if clean.last.mean < facts.chance + LEARNED:
+            flags.append(
+                Flag(
+                    name="clean-not-learned",
+                    grave=True,
+                    says=f"{architecture} does not learn the clean images either ({clean.last.mean:.1%}, chance "
+                    f"is {facts.chance:.1%}), so its failure on protected ones means nothing. Train longer or on "
+                    "more images.",
+                )
+            )
+        elif kept(random.last.mean, clean.last.mean, facts.chance) < CONTROL_KEPT:
+            flags.append(
+                Flag(
+                    name="control-protects",
+                    grave=True,
+                    says=f"Random noise of the same size hurts {architecture} as well ({random.last.mean:.1%} "
+                    f"against {clean.last.mean:.1%} on clean images), so the effect is not the method's. The "
+                    "budget is too large for these images, or training too short.",
+                )
+            )
+    return flags
+
+
+def _design(plan: Plan, facts: Facts) -> list[Flag]:
+    flags = []
+    surrogate = ((facts.protection or {}).get("settings") or {}).get("surrogate")
+    families = {family(name) for name in plan.architectures}
+    if facts.protection is None:
+        flags.append(
+            Flag(
+                name="surrogate-unknown",
+                says="The protected files come without a run.json, so nobody knows which surrogate they were "
+                "made with, and whether a learner of another architecture was tried.",
+            )
+        )
+    elif surrogate and families == {family(surrogate)}:
+        flags.append(
+            Flag(
+                name="same-architecture",
+                narrow=True,
+                says=f"Every learner is of the surrogate's kind ({surrogate}). Others may learn what these do not: "
+                "add an architecture of another kind.",
+            )
+        )
+    if len(plan.architectures) == 1:
+        flags.append(
+            Flag(
+                name="one-architecture",
+                narrow=True,
+                says="One architecture was tried; a protection is not shown by one.",
+            )
+        )
+    if len(plan.seeds) == 1:
+        flags.append(
+            Flag(
+                name="one-seed",
+                narrow=True,
+                says="One seed was tried, so chance cannot be told from effect; use at least 3.",
+            )
+        )
+    return flags
+
+
+def _training(table: Sequence[Row]) -> list[Flag]:
+    flags = []
+    early = [row for row in select(table, data="protected") if row.best.high - row.last.mean > EARLY_STOPPING]
+    if early:
+        worst = max(early, key=lambda row: row.best.high - row.last.mean)
+        epoch = worst.best_epochs[worst.best.values.index(worst.best.high)]
+        flags.append(
+            Flag(
+                name="best-above-last",
+                says=f"Stopping early helps the learner: {worst.architecture} under {worst.recovery} reached "
+                f"{worst.best.high:.1%} at epoch {epoch} and ended at {worst.last.mean:.1%}. Whoever owns a "
+                "few clean images can stop there.",
+            )
+        )
+    wide = [row for row in table if (row.last.sd or 0) > SPREAD]
+    if wide:
+        worst = max(wide, key=lambda row: row.last.sd or 0)
+        flags.append(
+            Flag(
+                name="seeds-disagree",
+                says=f"Seeds disagree: {worst.architecture} on {worst.data} files under {worst.recovery} has "
+                f"a standard deviation of {worst.last.sd:.1%}. Use more seeds.",
+            )
+        )
+    return flags
+
+
+def _files(facts: Facts) -> list[Flag]:
+    flags = []
+    if facts.overlap:
+        flags.append(
+            Flag(
+                name="test-overlap",
+                grave=facts.overlap > facts.test / 10,
+                says=f"{facts.overlap} of {facts.test} test images are also training images, which raises "
+                "every accuracy on clean files. Use test images that nobody trained on.",
+            )
+        )
+    if facts.unpaired:
+        flags.append(
+            Flag(
+                name="unpaired",
+                says=f"{facts.unpaired} images are in only one of the clean and the protected set and were "
+                f"left out; {facts.paired} pairs remain.",
+            )
+        )
+    if facts.test < SMALL_TEST:
+        flags.append(
+            Flag(
+                name="small-test",
+                says=f"Only {facts.test} test images: an accuracy is uncertain by several points.",
+            )
+        )
+    claimed = ((facts.protection or {}).get("settings") or {}).get("epsilon")
+    if claimed is not None and facts.linf > claimed:
+        flags.append(
+            Flag(
+                name="over-budget",
+                grave=True,
+                says=f"A pixel changed by {facts.linf}/255, though run.json claims at most {claimed}/255: "
+                "these are not the files of that run.",
+            )
+        )
+    return flags

@@ -1,0 +1,267 @@
+"""Run an audit: train every learner of the grid on written files, and say what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import privet
+from privet.audit.flags import Facts, Flag, find_flags
+from privet.audit.statistics import Row, chance, rows
+from privet.audit.store import DATA, Cell, Plan, RunStore
+from privet.audit.verdict import Verdict, judge
+from privet.errors import InputError
+from privet.files import RUN, WORKSPACE, claim, finish, read_json
+from privet.images import ImageSet, Similarity, align, compare_all, open_images, pair
+from privet.learning import Learner, Runtime, learn
+from privet.learning.runtime import describe_device, use_threads
+from privet.progress import Progress, silent
+from privet.protection import RandomNoise
+from privet.protection.publish import publish
+from privet.recovery import create_recovery
+
+CONTROL = "control"
+CELLS = "cells.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """The files of an audit, opened: the same images three times, and clean test images."""
+
+    clean: ImageSet
+    random: ImageSet
+    protected: ImageSet
+    test: ImageSet
+    similarities: tuple[Similarity, ...]  # of each protected image to its original
+    facts: Facts
+
+    def sets(self) -> dict[str, ImageSet]:
+        """Return what learners need, without the means to read files again."""
+        every = {name: getattr(self, name) for name in (*DATA, "test")}
+        return {name: replace(images, files=(), skipped=()) for name, images in every.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """A finished audit."""
+
+    plan: Plan
+    material: Material
+    results: dict[Cell, dict[str, Any]]
+    table: tuple[Row, ...]
+    flags: tuple[Flag, ...]
+    verdict: Verdict
+    run: dict[str, Any]
+
+
+def run_audit(
+    clean: str | Path,
+    protected: str | Path,
+    *,
+    test: str | Path,
+    out: Path,
+    plan: Plan,
+    runtime: Runtime,
+    seed: int = 0,
+    size: int | None = None,
+    workers: int = 1,
+    progress: Progress = silent,
+    finished: Callable[[Cell, dict[str, Any], int, int], None] | None = None,
+) -> Audit:
+    """Measure what a protection is worth, on files.
+
+    Args:
+        clean: the images as they were; anything `open_images` takes.
+        protected: the same images as published, under the same names.
+        test: clean images that nobody trains on.
+        out: folder for the control's files, cells.jsonl and run.json; a killed audit goes on there.
+        plan: the grid.
+        runtime: where learners train.
+        seed: of the random control.
+        size: as for `open_images`.
+        workers: learners trained at a time, each in a process of its own with one thread. On a CPU
+            two such processes do more than one with two threads; on a GPU leave it at 1.
+        progress: told about images while files are prepared.
+        finished: told about each cell, its result, and how many of how many are done.
+
+    Raises:
+        InputError: the sets do not belong together.
+        OutputError: `out` holds another audit.
+    """
+    opened = [open_images(clean, size=size, progress=progress)]
+    opened += [open_images(source, size=opened[0].size, progress=progress) for source in (protected, test)]
+    first, second, third = opened
+    threads = 1 if runtime.device.type == "cpu" else torch.get_num_threads()
+    run = {
+        "privet": privet.__version__,
+        "plan": plan.settings(),
+        "seed": seed,
+        "clean": first.digest,
+        "protected": second.digest,
+        "test": third.digest,
+        "precision": runtime.precision,
+        "device": describe_device(runtime.device, threads),
+        "torch": torch.__version__,
+    }
+    claim(out, run)
+    material = _prepare(first, second, third, _protection(protected), out, runtime, seed, progress)
+    store = RunStore(out / CELLS)
+    todo = [cell for cell in plan.cells() if cell not in store.results]
+    total = len(plan.cells())
+    for cell, result, seconds in _train(todo, material.sets(), plan, runtime, out, workers, threads):
+        store.add(cell, result, seconds=seconds)
+        if finished is not None:
+            finished(cell, result, total - len(todo) + sum(one in store.results for one in todo), total)
+    table = rows(plan, store.results)
+    flags = find_flags(plan, table, material.facts)
+    audit = Audit(
+        plan=plan,
+        material=material,
+        results={cell: store.results[cell] for cell in plan.cells()},
+        table=tuple(table),
+        flags=tuple(flags),
+        verdict=judge(plan, table, flags, material.facts),
+        run=run,
+    )
+    finish(out, run, {"verdict": audit.verdict.grade})
+    return audit
+
+
+def _prepare(
+    clean: ImageSet,
+    protected: ImageSet,
+    test: ImageSet,
+    protection: dict[str, Any] | None,
+    out: Path,
+    runtime: Runtime,
+    seed: int,
+    progress: Progress,
+) -> Material:
+    """Pair the sets, measure what was changed, and write the random control."""
+    total = len(clean) + len(protected)
+    clean, protected = pair(clean, protected)
+    test = align(test, clean.class_names)
+    similarities = tuple(compare_all(clean.pixels, protected.pixels))
+    linf = max(similarity.linf for similarity in similarities)
+    if linf == 0:
+        raise InputError("The protected images equal the clean ones: there is nothing to audit.")
+    noise = RandomNoise(epsilon=min(127, linf))
+    publish(clean, noise, out / CONTROL, runtime=runtime, seed=seed, progress=progress)
+    random = align(open_images(out / CONTROL, size=clean.size, progress=progress), clean.class_names)
+    seen = {_bytes(image) for image in clean.pixels}
+    facts = Facts(
+        chance=chance(test),
+        test=len(test),
+        paired=len(clean),
+        unpaired=total - 2 * len(clean),
+        overlap=sum(_bytes(image) in seen for image in test.pixels),
+        linf=linf,
+        protection=protection,
+    )
+    return Material(
+        clean=clean,
+        random=random,
+        protected=protected,
+        test=test,
+        similarities=similarities,
+        facts=facts,
+    )
+
+
+def _protection(source: str | Path) -> dict[str, Any] | None:
+    """Return the run.json of a protected folder, if privet wrote it."""
+    path = Path(source) / RUN
+    return read_json(path) if path.is_file() else None
+
+
+def _train(
+    cells: Sequence[Cell],
+    sets: dict[str, ImageSet],
+    plan: Plan,
+    runtime: Runtime,
+    out: Path,
+    workers: int,
+    threads: int,
+) -> Iterator[tuple[Cell, dict[str, Any], float]]:
+    """Yield each cell's result and its seconds, as they come."""
+    if workers <= 1 or len(cells) <= 1:
+        with use_threads(threads):
+            trainer = Trainer(sets, plan, runtime, out)
+            for cell in cells:
+                yield trainer(cell)
+        return
+    context: BaseContext = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=context,
+        initializer=_start,
+        initargs=(sets, plan, runtime, out, threads),
+    ) as pool:
+        waiting: set[Future[tuple[Cell, dict[str, Any], float]]] = {
+            pool.submit(_work, cell) for cell in cells
+        }
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Trainer:
+    """Trains one cell after the other, keeping the images that the last one used."""
+
+    def __init__(self, sets: dict[str, ImageSet], plan: Plan, runtime: Runtime, out: Path) -> None:
+        self.sets, self.plan, self.runtime, self.out = sets, plan, runtime, out
+        self.key: tuple[str, str] | None = None
+        self.images: tuple[ImageSet, ImageSet]
+
+    def __call__(self, cell: Cell) -> tuple[Cell, dict[str, Any], float]:
+        """Return the cell, its result as JSON values, and the seconds that it took."""
+        started = time.perf_counter()
+        recovery = create_recovery(cell.recovery)
+        if self.key != (cell.data, cell.recovery):
+            self.images = (
+                recovery.recover(self.sets[cell.data]),
+                recovery.present(self.sets["test"]),
+            )
+            self.key = cell.data, cell.recovery
+        learner: Learner = recovery.adapt(replace(self.plan.learner, architecture=cell.architecture))
+        name = f"{cell.data}-{cell.recovery}-{cell.architecture}-{cell.seed}".replace("/", "-").replace(
+            ":", "-"
+        )
+        checkpoint = self.out / WORKSPACE / f"{name}.safetensors"
+        learned = learn(*self.images, learner, runtime=self.runtime, seed=cell.seed, checkpoint=checkpoint)
+        checkpoint.unlink(missing_ok=True)
+        result = {
+            "last": learned.accuracy,
+            "best": learned.best.accuracy,
+            "best_epoch": learned.best.epoch,
+            "history": [asdict(epoch) for epoch in learned.history],
+        }
+        return cell, result, time.perf_counter() - started
+
+
+_trainer: Trainer | None = None
+
+
+def _start(sets: dict[str, ImageSet], plan: Plan, runtime: Runtime, out: Path, threads: int) -> None:
+    global _trainer
+    torch.set_num_threads(threads)
+    _trainer = Trainer(sets, plan, runtime, out)
+
+
+def _work(cell: Cell) -> tuple[Cell, dict[str, Any], float]:
+    assert _trainer is not None
+    return _trainer(cell)
+
+
+def _bytes(image: torch.Tensor) -> bytes:
+    return bytes(image.contiguous().numpy().tobytes())

@@ -1,0 +1,120 @@
+"""privet audit: measure what a protection is worth."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich import print as say
+from rich.markup import escape
+
+from privet.cli.screen import progress
+from privet.errors import OK
+
+COLOURS = {"holds": "green", "partly": "yellow", "fails": "red", "inconclusive": "magenta"}
+
+
+def audit(
+    clean: str,
+    protected: str,
+    /,
+    *,
+    test: str,
+    out: Path,
+    preset: str | None = None,
+    recoveries: str | None = None,
+    architectures: str | None = None,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    flip: bool = True,
+    size: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "bf16",
+    workers: int | None = None,
+) -> int:
+    """Train learners on clean, randomly noised and protected files, and say whether the protection holds.
+
+    Every finished learner is one line of cells.jsonl; a killed audit goes on when the same command is given again.
+
+    Parameters
+    ----------
+    clean
+        The images as they were: a folder of class folders, a .csv or .jsonl, Parquet, or a hub id.
+    protected
+        The same images as published, under the same names.
+    test
+        Clean images of the same classes that nobody trains on.
+    out
+        New folder for report.html, report.json, cells.jsonl and the control's files.
+    preset
+        paper (three large networks, three seeds, 100 epochs; needs a GPU) or cpu. Default: paper where there is a GPU, else cpu.
+    recoveries
+        What is tried against the protection, with commas between: none, jpeg-QUALITY, grayscale, adversarial-RADIUS (default none,jpeg-10,jpeg-50,jpeg-75,grayscale,adversarial-4).
+    architectures
+        Networks of the learners, with commas between.
+    seeds
+        How often each learner is trained.
+    epochs
+        Passes of each learner over the images.
+    flip
+        Whether views are mirrored; --no-flip for handwriting.
+    size
+        Side in pixels at which networks see the images.
+    seed
+        Of the random control.
+    device
+        auto, cpu or cuda.
+    precision
+        bf16 or float32.
+    workers
+        Learners trained at a time (default: the number of processors, or 1 on a GPU). Results do not depend on it.
+    """
+    from privet.audit import Cell, run_audit
+    from privet.audit.store import plan
+    from privet.learning import runtime
+    from privet.report import write_report
+
+    here = runtime(device, precision)
+    on_gpu = here.device.type == "cuda"
+    chosen = plan(
+        preset or ("paper" if on_gpu else "cpu"),
+        recoveries=_split(recoveries),
+        architectures=_split(architectures),
+        seeds=seeds,
+        epochs=epochs,
+        flip=flip,
+    )
+
+    def finished(cell: Cell, result: dict[str, Any], done: int, total: int) -> None:
+        name = f"{cell.data} files, {cell.recovery}, {cell.architecture}, seed {cell.seed}"
+        say(f"[{done}/{total}] {name}: {result['last']:.1%} (best {result['best']:.1%})")
+
+    with progress() as listener:
+        result = run_audit(
+            clean,
+            protected,
+            test=test,
+            out=out,
+            plan=chosen,
+            runtime=here,
+            seed=seed,
+            size=size,
+            workers=workers or (1 if on_gpu else os.cpu_count() or 1),
+            progress=listener,
+            finished=finished,
+        )
+    page = write_report(result, out)
+    verdict = result.verdict
+    say(f"\n[bold {COLOURS[verdict.grade]}]{escape(verdict.headline)}[/]")
+    for sentence in verdict.sentences:
+        say(f"  {escape(sentence)}")
+    for flag in result.flags:
+        say(f"  [yellow]Doubt ({flag.name}):[/] {escape(flag.says)}")
+    say(f"Report: {escape(str(page))}")
+    return OK
+
+
+def _split(value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())

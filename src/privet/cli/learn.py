@@ -1,0 +1,123 @@
+"""privet learn: train a learner and measure it on clean images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import print as say
+from rich.markup import escape
+
+from privet.cli.screen import progress
+from privet.errors import OK
+
+
+def learn(
+    train: str,
+    /,
+    *,
+    test: str,
+    out: Path,
+    architecture: str = "resnet18",
+    epochs: int = 60,
+    batch_size: int = 128,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    schedule: str = "cosine",
+    radius: float = 0.0,
+    attack_steps: int = 10,
+    weights: Path | None = None,
+    flip: bool = True,
+    size: int | None = None,
+    split: str | None = None,
+    test_split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "bf16",
+    compile: bool = False,
+) -> int:
+    """Train a network on images, and report its accuracy on clean ones after every epoch.
+
+    A killed run goes on when the same command is given again. On several GPUs: accelerate launch -m privet learn ...
+
+    Parameters
+    ----------
+    train
+        Images to learn from: a folder of class folders, a .csv or .jsonl, Parquet, or a hub id.
+    test
+        Clean images of the same classes.
+    out
+        New folder for learner.safetensors and run.json (last and best accuracy, history, settings).
+    architecture
+        resnet8, resnet10, resnet18, resnet18-imagenet, vgg11, densenet121, mobilenetv2, vit, cnn, ...; -wN behind it for another width; timm:NAME for one of timm's.
+    epochs
+        Passes over the images.
+    batch_size
+        Images a step.
+    learning_rate
+        Highest rate (default: SGD 0.1, AdamW for a ViT 0.001).
+    weight_decay
+        Default: SGD 0.0005, AdamW 0.05.
+    schedule
+        cosine, or step (a tenth after 40 and 80 % of the steps).
+    radius
+        Of adversarial training (PGD, L-infinity), in 1/255; 0 is standard training.
+    attack_steps
+        Of its PGD.
+    weights
+        A .safetensors file to start from (fine-tuning).
+    flip
+        Whether views are mirrored; --no-flip for handwriting.
+    size
+        Side in pixels at which the network sees the images.
+    split
+        Split of the training images, if they come from the hub or a folder of Parquet files.
+    test_split
+        Likewise of the test images.
+    limit
+        Use only so many of the training images.
+    seed
+        The same seed gives the same learner.
+    device
+        auto, cpu or cuda.
+    precision
+        bf16 or float32.
+    compile
+        Use torch.compile; worth it for long runs on a GPU.
+    """
+    from privet.learning import Learner, runtime, study
+
+    learner = Learner(
+        architecture=architecture,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        radius=radius,
+        attack_steps=attack_steps,
+        flip=flip,
+        weights=weights,
+    )
+    with progress() as listener:
+        learned = study(
+            train,
+            test,
+            learner,
+            out,
+            runtime=runtime(device, precision),
+            seed=seed,
+            size=size,
+            split=split,
+            test_split=test_split,
+            limit=limit,
+            compile=compile,
+            progress=listener,
+        )
+    best = learned.best
+    say(
+        f"{architecture}: {learned.accuracy:.1%} on clean images after the last epoch, {best.accuracy:.1%} at best (epoch "
+        f"{best.epoch}); {asdict(learned.history[-1])['train_accuracy']:.1%} on its own images. Written to {escape(str(out))}"
+    )
+    return OK

@@ -1,0 +1,161 @@
+"""privet protect: real images in, protected images out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich import print as say
+from rich.markup import escape
+
+from privet.cli.screen import progress
+from privet.errors import OK, PARTIAL, OutputError, UsageError
+
+
+def protect(
+    source: str,
+    /,
+    *,
+    out: Path,
+    method: str = "sem",
+    preset: str | None = None,
+    epsilon: int | None = None,
+    set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
+    size: int | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    surrogate: Path | None = None,
+    seed: int = 0,
+    format: str = "png",
+    metadata: str = "keep",
+    keep_gps: Annotated[bool, Parameter(negative="")] = False,
+    device: str = "auto",
+    precision: str = "bf16",
+    workers: int = 4,
+) -> int:
+    """Add noise to images so that networks cannot usefully be trained on them.
+
+    A killed run goes on when the same command is given again, and ends with the same bytes.
+
+    Parameters
+    ----------
+    source
+        A folder of class folders, a .csv or .jsonl of paths and labels, Parquet, or a hub id.
+    out
+        New folder for the protected images, manifest.jsonl, run.json and the surrogate.
+    method
+        em, sem, rem, or random (the control, which does not protect).
+    preset
+        paper (the published settings; needs a GPU) or cpu (small and short). Default: paper where there is a GPU, else cpu.
+    epsilon
+        Budget: no channel of a pixel changes by more, in 1/255 (default 8).
+    set
+        Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
+    size
+        Side in pixels at which the surrogate sees the images (default: their own if all are alike and at most 224, else 224). Files keep their own size.
+    split
+        Split of a hub data set or of a folder of Parquet files.
+    limit
+        Use only so many of the images.
+    surrogate
+        A surrogate.safetensors of an earlier run with the same classes: protect further images without training.
+    seed
+        The same seed gives the same bytes.
+    format
+        png, webp (lossless) or parquet. JPEG is refused: it destroys the noise.
+    metadata
+        keep or strip. Location is stripped in any case, unless --keep-gps is given.
+    keep_gps
+        Keep the location in the metadata.
+    device
+        auto, cpu or cuda.
+    precision
+        bf16 or float32.
+    workers
+        Files decoded and encoded at a time.
+    """
+    from privet.images import open_images
+    from privet.images.picture import check_format
+    from privet.learning import runtime
+    from privet.protection import METHODS
+    from privet.protection.publish import publish
+
+    if format != "parquet":
+        check_format(format)
+    if method not in METHODS:
+        raise UsageError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
+    here = runtime(device, precision)
+    kind = METHODS[method]
+    settings = parse_settings(kind, set or [])
+    if epsilon is not None:
+        settings["epsilon"] = epsilon
+    chosen = kind.preset(preset or ("paper" if here.device.type == "cuda" else "cpu"), **settings)
+    if Path(source).exists() and out.absolute().is_relative_to(Path(source).absolute()):
+        raise OutputError(
+            f"{out} lies inside {source}; its images would be taken for originals. Choose another folder."
+        )
+    with progress() as listener:
+        images = open_images(
+            source,
+            size=size,
+            split=split,
+            limit=limit,
+            workers=workers,
+            workspace=out / ".privet",
+            progress=listener,
+        )
+        published = publish(
+            images,
+            chosen,
+            out,
+            runtime=here,
+            seed=seed,
+            surrogate=surrogate,
+            format=format,
+            metadata=metadata,
+            gps=keep_gps,
+            workers=workers,
+            progress=listener,
+        )
+    written = published.written
+    say(f"{written.ok:,} images protected with {method} and written to {escape(str(out))}")
+    if not written.skipped:
+        return OK
+    say(f"{len(written.skipped):,} skipped:")
+    for record in written.skipped[:10]:
+        say(f"  {escape(record['file'])}: {escape(record['reason'])}")
+    if len(written.skipped) > 10:
+        say(f"  ... and {len(written.skipped) - 10} more, all in {escape(str(out / 'manifest.jsonl'))}")
+    return PARTIAL
+
+
+def parse_settings(kind: type[Any], assignments: list[str]) -> dict[str, Any]:
+    """Turn NAME=VALUE into a method's settings, by the types of its fields.
+
+    Raises:
+        UsageError: not an assignment, no such setting, or a value of another type.
+    """
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in types:
+            raise UsageError(
+                f"Expected --set NAME=VALUE with NAME one of {', '.join(types)}; got {assignment!r}."
+            )
+        try:
+            settings[name] = _convert(types[name], value.strip())
+        except ValueError as error:
+            raise UsageError(f"Expected {name} as {types[name]}, got {value!r}.") from error
+    return settings
+
+
+def _convert(kind: str, value: str) -> Any:
+    if kind == "bool":
+        if value.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise ValueError(value)
+        return value.lower() in ("true", "yes", "1")
+    return {"int": int, "float": float}.get(kind, str)(value)

@@ -1,0 +1,71 @@
+"""What a person sees while a job runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from privet.progress import Progress as Listener
+
+LINE_SECONDS = 15.0  # between lines where there is no terminal
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="cyan")
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Listener]:
+    """Yield a listener that draws a bar on a terminal, and prints a line now and then elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, int] = {}
+
+        def listen(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    bars.remove_task(task)  # type: ignore[arg-type]
+                tasks.clear()
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield listen
+
+
+class _Lines:
+    """Prints a stage's share, rate and time left, at most every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stage, self.first = "", 0
+        self.started = self.printed = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.first = stage, done
+            self.started = self.printed = now
+        if now - self.printed < LINE_SECONDS:
+            return
+        self.printed = now
+        rate = (done - self.first) / (now - self.started)
+        left = (total - done) / rate if rate else 0
+        self.console.print(
+            f"{stage}: {done / total:.0%}, {rate:,.0f} images/s, {left:,.0f} s left", soft_wrap=True
+        )

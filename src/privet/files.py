@@ -1,0 +1,150 @@
+"""Files that are either whole or absent: atomic writes, append-only journals, hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from privet.errors import InputError, OutputError
+
+RUN = "run.json"
+WORKSPACE = ".privet"
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it over `path` if the block succeeds.
+
+    Raises:
+        OutputError: the folder cannot be written (permission, no space, a file in its place).
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN is refused, for it is not JSON."""
+    write_bytes(path, _json(value, indent=2))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        InputError: it is not one.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a JSON file: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object.")
+    return value
+
+
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """Return `record` as one line of JSON."""
+    return _json(record)
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append `record` as one line, in one write, so that a kill leaves at most one torn last line."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(json_line(record))
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return a journal's records; a last line that a kill tore is cut off the file first."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+def claim(out: Path, run: Mapping[str, Any]) -> bool:
+    """Make `out` the folder of this run, and say whether the run is finished already.
+
+    A run is described by everything its bytes depend on. While it works, the description lies in
+    `out/.privet`; `finish` moves it up. So a killed run is told from a finished one, and from
+    another's.
+
+    Raises:
+        OutputError: the folder holds another run, or other files.
+    """
+    description = json.loads(json.dumps(run))
+    for folder, state in ((out / WORKSPACE, "an unfinished"), (out, "a finished")):
+        if not (folder / RUN).exists():
+            continue
+        try:
+            earlier = json.loads((folder / RUN).read_text("utf-8"))
+            earlier.pop("facts", None)
+        except (OSError, ValueError, AttributeError) as error:
+            raise OutputError(f"{folder / RUN} is damaged. Delete {out} or choose another folder.") from error
+        if earlier != description:
+            keys = sorted(key for key in {*earlier, *description} if earlier.get(key) != description.get(key))
+            raise OutputError(
+                f"{out} holds {state} run with another {', '.join(keys)}. Repeat that run's arguments, delete the "
+                "folder, or choose another."
+            )
+        return folder == out
+    if out.exists() and (not out.is_dir() or any(entry.name != WORKSPACE for entry in out.iterdir())):
+        raise OutputError(f"{out} holds other files. Choose an empty or a new folder.")
+    write_json(out / WORKSPACE / RUN, description)
+    return False
+
+
+def finish(out: Path, run: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Mark the run as finished: write run.json with what was found out, and drop the workspace."""
+    write_json(out / RUN, {**run, "facts": dict(facts)})
+    shutil.rmtree(out / WORKSPACE, ignore_errors=True)
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8
+        return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

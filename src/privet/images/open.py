@@ -1,0 +1,178 @@
+"""Read image files into an image set: every file decoded, or skipped with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from privet.errors import InputError
+from privet.files import sha256
+from privet.images.image_set import ImageSet, SourceFile
+from privet.images.picture import PictureError, decode, measure
+from privet.images.source import Item, Skip, find_images
+from privet.parallel import ordered
+from privet.progress import Progress, silent
+
+# Images of one size up to this side keep it; anything else is seen at this size by networks.
+LARGEST_SIDE = 224
+
+
+def open_images(
+    source: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    workers: int = 4,
+    workspace: Path | None = None,
+    progress: Progress = silent,
+) -> ImageSet:
+    """Open images and labels.
+
+    The order of the result depends on the files' contents alone, not on how they are stored or
+    listed. Files that cannot be used end up in `skipped`, each with its reason.
+
+    Args:
+        source: a folder of class folders, a .csv or .jsonl of paths and labels, Parquet, a hub id,
+            or a folder that privet wrote.
+        size: the side, in pixels, at which networks see the images; they are resized to a square
+            (or to this height and width). Left out, images that all have one size of at most 224 px
+            keep it, and others become 224 px. Files keep their own size whatever this is.
+        split: of a hub data set or of a folder of Parquet files.
+        limit: use only so many images, the first in the order above.
+        workers: files decoded at a time.
+        workspace: a folder for pixels that do not fit into memory.
+        progress: told about images read.
+
+    Raises:
+        InputError: nothing can be used; the message says what was expected.
+    """
+    found = find_images(source, split=split)
+    skipped = list(found.skipped)
+    total = len(found.items)
+
+    headers: list[tuple[str, Item, tuple[int, int]]] = []
+    for done, (item, header) in enumerate(ordered(_header, found.items, workers), start=1):
+        progress("reading headers", done, total)
+        if isinstance(header, Skip):
+            skipped.append(header)
+        else:
+            headers.append((header[0], item, header[1]))
+    headers.sort(key=lambda entry: (entry[0], entry[1].name))
+    headers = headers[:limit]
+    shape = _working_size([entry[2] for entry in headers], size)
+
+    pixels = _allocate(len(headers), shape, workspace)
+    kept: list[int] = []
+    grey: list[bool] = []
+    for done, (_, image) in enumerate(ordered(lambda entry: _decoded(entry[1], shape), headers, workers)):
+        progress("decoding", done + 1, len(headers))
+        if isinstance(image, Skip):
+            skipped.append(image)
+        else:
+            pixels[len(kept)] = image[0]  # closes the gaps that skipped files leave
+            kept.append(done)
+            grey.append(image[1])
+    if not kept:
+        reasons = "; ".join(f"{skip.file}: {skip.reason}" for skip in skipped[:3])
+        raise InputError(f"None of the {total} files in {source} could be used. {reasons}.")
+    items = [headers[index][1] for index in kept]
+    return ImageSet(
+        pixels=torch.from_numpy(pixels[: len(kept)]).permute(0, 3, 1, 2),
+        labels=torch.tensor([item.label for item in items]),
+        class_names=found.class_names,
+        names=tuple(item.name for item in items),
+        grey=torch.tensor(grey),
+        files=tuple(
+            SourceFile(file=item.file, sha256=headers[index][0], read=item.read)
+            for index, item in zip(kept, items, strict=True)
+        ),
+        skipped=tuple(sorted(skipped, key=lambda skip: (skip.file, skip.reason))),
+    )
+
+
+def align(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
+    """Return the same images with labels that count in another list of class names.
+
+    Raises:
+        InputError: the images have a class that is not in the list.
+    """
+    lookup = {name: index for index, name in enumerate(class_names)}
+    used = {images.class_names[label] for label in images.labels.unique().tolist()}
+    if unknown := sorted(used - set(lookup)):
+        raise InputError(
+            f"These images have classes that the others lack: {', '.join(unknown[:5])}. "
+            f"Expected only {', '.join(list(class_names)[:8])}."
+        )
+    table = torch.tensor([lookup.get(name, -1) for name in images.class_names])
+    return replace(images, labels=table[images.labels], class_names=tuple(class_names))
+
+
+def pair(clean: ImageSet, changed: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Return the images that both sets have, in the order of the first.
+
+    Raises:
+        InputError: there is none, or one has another class in one set than in the other.
+    """
+    changed = align(changed, clean.class_names)
+    position = {name: index for index, name in enumerate(changed.names)}
+    pairs = [(index, position[name]) for index, name in enumerate(clean.names) if name in position]
+    if not pairs:
+        raise InputError(
+            f"No image of the two sets has the same name (the one has {clean.names[0]}, the other {changed.names[0]}). "
+            "Expected the same names in the same folders."
+        )
+    first, second = (
+        clean.subset([one for one, _ in pairs]),
+        changed.subset([other for _, other in pairs]),
+    )
+    if wrong := int((first.labels != second.labels).sum()):
+        raise InputError(f"{wrong} images have another class in one set than in the other.")
+    return first, second
+
+
+def _header(item: Item) -> tuple[str, tuple[int, int]] | Skip:
+    try:
+        data = item.read()
+        return sha256(data), measure(data)
+    except PictureError as error:
+        return Skip(file=item.file, reason=str(error))
+
+
+def _decoded(item: Item, shape: tuple[int, int]) -> tuple[NDArray[np.uint8], bool] | Skip:
+    try:
+        picture = decode(item.read())
+    except PictureError as error:
+        return Skip(file=item.file, reason=str(error))
+    return resized(picture.rgb, shape), picture.grey
+
+
+def resized(rgb: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return pixels, (height, width, 3), at another size; bilinear with a low-pass filter."""
+    if rgb.shape[:2] == shape:
+        return rgb
+    return np.asarray(Image.fromarray(rgb).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def _working_size(sizes: list[tuple[int, int]], size: int | tuple[int, int] | None) -> tuple[int, int]:
+    if size is not None:
+        return (size, size) if isinstance(size, int) else size
+    if len(set(sizes)) == 1 and max(sizes[0]) <= LARGEST_SIDE:
+        return sizes[0]
+    return LARGEST_SIDE, LARGEST_SIDE
+
+
+def _allocate(count: int, shape: tuple[int, int], workspace: Path | None) -> NDArray[np.uint8]:
+    """Return an array for the pixels: in memory, or in a file if it would take over half of it."""
+    full = (count, *shape, 3)
+    if workspace is None or np.prod(full) < psutil.virtual_memory().available / 2:
+        return np.empty(full, np.uint8)
+    workspace.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(workspace / "pixels.npy", "w+", np.uint8, full)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,76 @@
+"""How much images differ: largest difference, PSNR, SSIM."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+WINDOW = 11  # SSIM's, in pixels; smaller images have no SSIM
+TILE = 2048  # larger images are measured in tiles of about this side
+BATCH_PIXELS = 1 << 21  # measured together, to bound memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """What a perturbation did to one image.
+
+    Attributes:
+        linf: the largest change of any channel of any pixel, in 1/255.
+        psnr: in dB; None if nothing changed.
+        ssim: structural similarity (Wang et al. 2004, Gaussian window); None for images below 11 px.
+    """
+
+    linf: int
+    psnr: float | None
+    ssim: float | None
+
+
+def compare(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> Similarity:
+    """Compare two images, (height, width, 3) in 0 to 255."""
+    pair = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] for image in (before, after)]
+    return compare_all(*pair)[0]
+
+
+def compare_all(before: Tensor, after: Tensor) -> list[Similarity]:
+    """Compare images one by one, uint8, (images, 3, height, width)."""
+    found = []
+    height, width = before.shape[2:]
+    batch = max(1, BATCH_PIXELS // (height * width))
+    for start in range(0, len(before), batch):
+        one, other = before[start : start + batch], after[start : start + batch]
+        difference = (other.to(torch.int16) - one.to(torch.int16)).abs()
+        linf = difference.amax((1, 2, 3)).tolist()
+        errors = difference.double().square_().mean((1, 2, 3)).tolist()
+        for largest, error, similarity in zip(linf, errors, _ssim(one, other), strict=True):
+            psnr = 10 * math.log10(255**2 / error) if error > 0 else None
+            found.append(Similarity(linf=int(largest), psnr=psnr, ssim=similarity))
+    return found
+
+
+def _ssim(before: Tensor, after: Tensor) -> list[float] | list[None]:
+    """Return each image's mean structural similarity, over tiles if it is large."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    count, _, height, width = before.shape
+    if min(height, width) < WINDOW:
+        return [None] * count
+    total = torch.zeros(count, dtype=torch.float64)
+    for top, bottom in _tiles(height):
+        for left, right in _tiles(width):
+            pair = [image[:, :, top:bottom, left:right].float() for image in (after, before)]
+            tile = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
+            total += tile.double() * (bottom - top) * (right - left)
+    return (total / (height * width)).tolist()
+
+
+def _tiles(length: int) -> list[tuple[int, int]]:
+    """Cut a length into nearly equal parts of at most TILE."""
+    count = math.ceil(length / TILE)
+    edges = [round(index * length / count) for index in range(count + 1)]
+    return list(pairwise(edges))

@@ -1,0 +1,249 @@
+"""Write a protected (or recovered) image set, and prove on the written bytes what was done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from privet.errors import BudgetError, UsageError
+from privet.files import append_line, atomic, json_line, read_lines, sha256, write_bytes
+from privet.images.image_set import ImageSet
+from privet.images.picture import (
+    FORMATS,
+    METADATA,
+    Picture,
+    PictureError,
+    check_format,
+    decode,
+    encode,
+)
+from privet.images.similarity import compare
+from privet.images.source import MANIFEST
+from privet.parallel import ordered
+from privet.progress import Progress, silent
+
+SHARD = 2048  # images in a Parquet file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What `write_images` did.
+
+    Attributes:
+        records: one for each image and each skipped file, as in manifest.jsonl.
+    """
+
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def ok(self) -> int:
+        return sum(record["status"] == "ok" for record in self.records)
+
+    @property
+    def skipped(self) -> tuple[dict[str, Any], ...]:
+        return tuple(record for record in self.records if record["status"] != "ok")
+
+
+def write_images(
+    original: ImageSet,
+    changed: ImageSet,
+    out: Path,
+    *,
+    epsilon: int | None = None,
+    format: str = "png",
+    metadata: str = "keep",
+    gps: bool = False,
+    workers: int = 4,
+    progress: Progress = silent,
+) -> Written:
+    """Write images under their old names, with everything but their pixels as it was.
+
+    The change of pixels, found at the size that networks see, is enlarged to each file's own size.
+    Every file is read back, and its change is measured there. A killed call goes on where it was.
+
+    Args:
+        original: the images as opened; their files are read again at full size.
+        changed: the same images with other pixels.
+        out: folder to write: images, and manifest.jsonl with one line each.
+        epsilon: budget in 1/255 that the written bytes must keep, or None for no budget.
+        format: "png", "webp" (lossless), or "parquet" (PNG bytes in the hub's layout).
+        metadata: "keep" or "strip".
+        gps: whether kept metadata include the location.
+        workers: files encoded at a time.
+        progress: told about images written.
+
+    Raises:
+        UsageError: a format that loses what was added, or an unknown one.
+        BudgetError: a written image would differ by more than epsilon; it is not written.
+        OutputError: the folder cannot be written.
+    """
+    if format != "parquet":
+        check_format(format)
+    if metadata not in METADATA:
+        raise UsageError(f"Unknown metadata {metadata!r}; expected {' or '.join(METADATA)}.")
+    journal = out / ".privet" / "written.jsonl"
+    done = {record["name"]: record for record in read_lines(journal)}
+    records: list[dict[str, Any]] = [
+        {"file": skip.file, "status": "skipped", "reason": skip.reason} for skip in original.skipped
+    ]
+
+    def produce(index: int) -> tuple[dict[str, Any], bytes | None]:
+        earlier = done.get(original.names[index])
+        if earlier is not None and still_there(out, earlier):
+            return earlier, None
+        return _produce(original, changed, index, epsilon, format, metadata, gps)
+
+    def finished(record: dict[str, Any]) -> None:
+        if record["name"] not in done:
+            append_line(journal, record)
+        records.append(record)
+        progress("writing", len(records), len(original) + len(original.skipped))
+
+    order = sorted(range(len(original)), key=lambda index: original.names[index])
+    if format == "parquet":
+        for number, start in enumerate(range(0, len(order), SHARD)):
+            for record in _write_shard(
+                original, order[start : start + SHARD], number, out, done, produce, workers
+            ):
+                finished(record)
+    else:
+        for _, (record, data) in ordered(produce, order, workers):
+            if data is not None:
+                write_bytes(out / record["file"], data)
+            finished(record)
+    records.sort(key=lambda record: (record.get("name") or record["file"], record.get("reason") or ""))
+    write_bytes(out / MANIFEST, b"".join(map(json_line, records)))
+    return Written(records=tuple(records))
+
+
+def _produce(
+    original: ImageSet,
+    changed: ImageSet,
+    index: int,
+    epsilon: int | None,
+    format: str,
+    metadata: str,
+    gps: bool,
+) -> tuple[dict[str, Any], bytes | None]:
+    """Return an image's record and the bytes to write, or None if it is skipped."""
+    label = int(original.labels[index])
+    source = original.files[index] if original.files else None
+    record: dict[str, Any] = {
+        "name": original.names[index],
+        "file": original.names[index] + FORMATS.get(format, ".png"),
+        "source": source.file if source else None,
+        "label": label,
+        "class": original.class_names[label],
+        "status": "ok",
+        "reason": None,
+    }
+    delta = changed.pixels[index].to(torch.int16) - original.pixels[index].to(torch.int16)
+    try:
+        if source is None:
+            before = Picture(rgb=_rows(original.pixels[index]), grey=bool(original.grey[index]))
+        else:
+            data = source.read()
+            if sha256(data) != source.sha256:
+                raise PictureError("the file changed while it was being worked on")
+            before = decode(data)
+        picture = before.perturbed(_enlarged(delta, before.size))
+        data = encode(picture, format="webp" if format == "webp" else "png", metadata=metadata, gps=gps)
+        after = decode(data)
+    except PictureError as error:
+        return {
+            **record,
+            "file": source.file if source else record["file"],
+            "status": "skipped",
+            "reason": str(error),
+        }, None
+    similarity = compare(before.rgb, after.rgb)
+    if epsilon is not None and similarity.linf > epsilon:
+        raise BudgetError(
+            f"{record['name']} would differ by {similarity.linf}/255 from its original; the budget is {epsilon}/255."
+        )
+    if not np.array_equal(after.rgb, picture.rgb) or not _same_alpha(before, after):
+        raise BudgetError(f"{record['name']} did not come back from its {format} bytes as it was written.")
+    record.update(
+        sha256_before=source.sha256 if source else None,
+        sha256_after=sha256(data),
+        **asdict(similarity),
+        notes=list(before.notes),
+    )
+    return record, data
+
+
+def _enlarged(delta: torch.Tensor, size: tuple[int, int]) -> NDArray[np.int16]:
+    """Return a perturbation, (3, height, width), at a file's own size, as (height, width, 3).
+
+    Linear interpolation never exceeds the values it lies between, so the budget holds.
+    """
+    if (delta.shape[1], delta.shape[2]) != size:
+        larger = F.interpolate(delta[None].float(), size=size, mode="bilinear", align_corners=False)
+        delta = larger[0].round().to(torch.int16)
+    return _rows(delta)
+
+
+def _rows(image: torch.Tensor) -> NDArray[Any]:
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def _same_alpha(before: Picture, after: Picture) -> bool:
+    if before.alpha is None or after.alpha is None:
+        # A format may leave out an alpha channel that is opaque everywhere.
+        return all(one is None or bool((one == 255).all()) for one in (before.alpha, after.alpha))
+    return np.array_equal(before.alpha, after.alpha)
+
+
+def still_there(out: Path, record: dict[str, Any]) -> bool:
+    """Say whether the file of a record is what was written, or was never written."""
+    if record["status"] != "ok":
+        return True
+    path = out / str(record["file"]).split("#")[0]
+    if ".parquet#" in str(record["file"]):
+        return path.exists()
+    return path.exists() and sha256(path.read_bytes()) == record["sha256_after"]
+
+
+def _write_shard(
+    original: ImageSet,
+    part: list[int],
+    number: int,
+    out: Path,
+    done: dict[str, dict[str, Any]],
+    produce: Callable[[int], tuple[dict[str, Any], bytes | None]],
+    workers: int,
+) -> Iterator[dict[str, Any]]:
+    """Write one Parquet file and yield its records; a file that an earlier call wrote is kept."""
+    import datasets
+
+    path = out / f"train-{number:05d}.parquet"
+    earlier = [done.get(original.names[index]) for index in part]
+    if path.exists() and all(earlier):
+        yield from (record for record in earlier if record is not None)
+        return
+    for index in part:
+        done.pop(original.names[index], None)
+    rows: list[dict[str, Any]] = []
+    records = []
+    for _, (record, data) in ordered(produce, part, workers):
+        if data is not None:
+            rows.append({"image": {"bytes": data, "path": record["file"]}, "label": record["label"]})
+            record = {**record, "file": f"{path.name}#{len(rows) - 1}"}
+        records.append(record)
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(original.class_names)),
+        }
+    )
+    with atomic(path) as temporary:
+        columns = {"image": [row["image"] for row in rows], "label": [row["label"] for row in rows]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(temporary)
+    yield from records

@@ -1,0 +1,105 @@
+"""Where a job runs: device, precision, and its share of the work when several processes run it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privet.errors import UsageError
+
+PRECISIONS = ("bf16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """One process of a job.
+
+    Attributes:
+        device: where tensors live.
+        precision: "bf16" (autocast; weights and budgets stay float32) or "float32".
+        rank: this process's number, from 0.
+        world: how many processes do the job together.
+    """
+
+    device: torch.device
+    precision: str = "bf16"
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which networks run."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False
+        )
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a network here, channels last (two to three times the speed with bf16)."""
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def share(self, batch: Tensor) -> Tensor:
+        """Return this process's part of a batch."""
+        return batch[self.rank :: self.world]
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """Return the network to train: wrapped for gradient averaging if there are other processes."""
+        if self.world == 1:
+            return model
+        ids: Any = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over all processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+
+def runtime(device: str = "auto", precision: str = "bf16") -> Runtime:
+    """Find out where this process runs, started alone or by `accelerate launch`.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: "bf16" or "float32".
+
+    Raises:
+        UsageError: an unknown device or precision, or no GPU where one was asked for.
+    """
+    from accelerate import PartialState
+
+    if precision not in PRECISIONS:
+        raise UsageError(f"Unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"Unknown device {device!r}; expected auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("Asked for a CUDA device, but torch sees none; 'privet doctor' says more.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = PartialState(cpu=device == "cpu")
+    # The same run must give the same bytes; cuDNN's fastest kernels add in no fixed order.
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    place = state.device if device == "cuda" else torch.device("cpu")
+    return Runtime(device=place, precision=precision, rank=state.process_index, world=state.num_processes)
+
+
+def describe_device(device: torch.device, threads: int) -> str:
+    """Return in words what the exact bytes of a result depend on, beside the software."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+
+
+@contextlib.contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads for the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

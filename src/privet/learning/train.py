@@ -1,0 +1,268 @@
+"""How a learner learns: standard or adversarial training on an image set, judged on clean images.
+
+The image set lives on the device as uint8; a batch is one gather there, so the processor never
+waits for images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from privet.errors import InputError, UsageError
+from privet.images.augment import augmentation_for
+from privet.images.image_set import ImageSet
+from privet.learning.attack import frozen, pgd
+from privet.learning.checkpoint import load_checkpoint, save_checkpoint
+from privet.learning.runtime import Runtime
+from privet.models import create_model, family, load_backbone
+from privet.progress import Progress, silent
+from privet.seeds import derive, generator
+
+SCHEDULES = ("cosine", "step")
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What an unauthorised party trains, and how.
+
+    Attributes:
+        architecture: a name for `create_model`.
+        epochs: passes over the image set.
+        batch_size: images a step; the last, smaller batch of an epoch is left out.
+        learning_rate: None for the optimiser's usual one (SGD 0.1; a ViT trains with AdamW at 0.001).
+        weight_decay: None likewise (0.0005; AdamW 0.05).
+        schedule: "cosine" to zero, or "step": a tenth after 40 % and after 80 % of the steps, as in
+            the evaluation of the SEM paper. Both rise linearly over the first 5 %.
+        radius: of adversarial training, L-infinity, in 1/255; 0 is standard training.
+        attack_steps: of its PGD, each a fifth of the radius (twice the radius over the steps if
+            there are fewer than ten, so that every point of the ball can be reached).
+        flip: whether views are mirrored; no for handwriting.
+        weights: safetensors to start from (fine-tuning), or None for random weights.
+    """
+
+    architecture: str = "resnet18"
+    epochs: int = 60
+    batch_size: int = 128
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    schedule: str = "cosine"
+    radius: float = 0.0
+    attack_steps: int = 10
+    flip: bool = True
+    weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"Unknown schedule {self.schedule!r}; expected {' or '.join(SCHEDULES)}.")
+        if self.epochs < 1 or self.batch_size < 2:
+            raise UsageError(
+                f"A learner needs at least 1 epoch and batches of 2, got {self.epochs} and {self.batch_size}."
+            )
+        if not 0 <= self.radius <= 255 or self.attack_steps < 1:
+            raise UsageError(
+                f"Adversarial training needs a radius of 0 to 255 (in 1/255) and at least 1 step, got "
+                f"{self.radius} and {self.attack_steps}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One line of a learner's history; accuracies are shares of 1."""
+
+    epoch: int
+    loss: float
+    train_accuracy: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What came of a training; `accuracy` is on clean images after the last epoch."""
+
+    model: nn.Module
+    history: tuple[Epoch, ...] = field(repr=False)
+
+    @property
+    def accuracy(self) -> float:
+        return self.history[-1].accuracy
+
+    @property
+    def best(self) -> Epoch:
+        """The first epoch with the highest accuracy on clean images: what early stopping could reach."""
+        return max(self.history, key=lambda epoch: epoch.accuracy)
+
+
+def learn(
+    train: ImageSet,
+    test: ImageSet,
+    learner: Learner,
+    *,
+    runtime: Runtime,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    compile: bool = False,
+    progress: Progress = silent,
+) -> Learned:
+    """Train a learner and measure it on clean images after every epoch.
+
+    Args:
+        train: the images it learns from.
+        test: clean images with the same classes, in the same order of classes.
+        learner: the network and how it is trained.
+        runtime: where.
+        seed: of weights, order, views and attacks; the same seed gives the same learner.
+        checkpoint: a file to keep after each epoch and to go on from, or None.
+        compile: whether to use `torch.compile` (worth it for long runs on a GPU).
+        progress: told about images seen.
+
+    Raises:
+        InputError: the sets do not fit each other, or are empty.
+    """
+    _check(train, test, learner)
+    model = create_model(
+        learner.architecture, classes=train.classes, size=train.size, seed=derive(seed, "weights")
+    )
+    if learner.weights is not None:
+        load_backbone(learner.weights, model)
+    model = runtime.place(model)
+    optimizer, rate = make_optimizer(model, learner)
+    history: list[Epoch] = []
+    if checkpoint is not None and (state := load_checkpoint(checkpoint, model=model, optimizer=optimizer)):
+        history = [Epoch(**epoch) for epoch in state[1]["history"]]
+    trained = runtime.distribute(model)
+    if compile:
+        trained = torch.compile(trained)  # type: ignore[assignment]
+
+    pixels, labels = train.pixels.to(runtime.device), train.labels.to(runtime.device)
+    augmentation = augmentation_for(train.size, flip=learner.flip)
+    batch = min(learner.batch_size, len(train))
+    steps = len(train) // batch
+    step_size = learner.radius / 255 * max(0.2, 2 / learner.attack_steps)
+    for epoch in range(len(history), learner.epochs):
+        order = torch.randperm(len(train), generator=generator(seed, "order", epoch))
+        order = order.to(runtime.device)
+        randomness = generator(seed, "views", epoch, runtime.rank, device=runtime.device)
+        totals = torch.zeros(3, device=runtime.device)  # loss, correct, seen
+        for step in range(steps):
+            index = runtime.share(order[step * batch : (step + 1) * batch])
+            y = labels[index]
+            views = augmentation.draw(len(index), train.size, randomness)
+            x = views.apply(pixels[index]).float() / 255
+            with frozen(model):
+                x = pgd(
+                    model,
+                    x,
+                    y,
+                    radius=learner.radius / 255,
+                    step_size=step_size,
+                    steps=learner.attack_steps,
+                    generator=randomness,
+                    runtime=runtime,
+                )
+            fraction = (epoch * steps + step) / (learner.epochs * steps)
+            loss, correct = training_step(
+                trained,
+                optimizer,
+                x,
+                y,
+                rate=rate * schedule(learner.schedule, fraction),
+                runtime=runtime,
+            )
+            totals += torch.stack((loss * len(index), correct, correct.new_tensor(len(index))))
+            progress("learning", (epoch * steps + step + 1) * batch, learner.epochs * steps * batch)
+        total_loss, correct_, seen = runtime.sum(totals).tolist()
+        history.append(
+            Epoch(
+                epoch=epoch + 1,
+                loss=total_loss / seen if math.isfinite(total_loss) else float("1e30"),
+                train_accuracy=correct_ / seen,
+                accuracy=accuracy(model, test, runtime=runtime),
+            )
+        )
+        if checkpoint is not None and runtime.rank == 0:
+            save_checkpoint(
+                checkpoint,
+                model=model,
+                optimizer=optimizer,
+                record={"history": [asdict(line) for line in history]},
+            )
+    return Learned(model=model.eval(), history=tuple(history))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> float:
+    """Return the share of images that the network labels rightly, views and attacks aside."""
+    correct = 0
+    with frozen(model), runtime.autocast():
+        for start in range(0, len(images), EVALUATION_BATCH):
+            x = images.pixels[start : start + EVALUATION_BATCH].to(runtime.device)
+            y = images.labels[start : start + EVALUATION_BATCH].to(runtime.device)
+            correct += int((model(x.float() / 255).argmax(1) == y).sum())
+    return correct / len(images)
+
+
+def make_optimizer(model: nn.Module, learner: Learner) -> tuple[torch.optim.Optimizer, float]:
+    """Return the optimiser of a learner and its highest learning rate."""
+    if family(learner.architecture) == "vit":
+        rate, decay = learner.learning_rate or 1e-3, learner.weight_decay
+        return torch.optim.AdamW(
+            model.parameters(), rate, weight_decay=0.05 if decay is None else decay
+        ), rate
+    rate, decay = learner.learning_rate or 0.1, learner.weight_decay
+    optimizer = torch.optim.SGD(
+        model.parameters(), rate, momentum=0.9, weight_decay=5e-4 if decay is None else decay
+    )
+    return optimizer, rate
+
+
+def schedule(name: str, fraction: float) -> float:
+    """Return the learning rate, as a share of the highest, after this fraction of all steps."""
+    warmup = min(1.0, fraction / 0.05 + 0.01)
+    if name == "step":
+        return warmup * 0.1 ** ((fraction >= 0.4) + (fraction >= 0.8))
+    return warmup * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    rate: float,
+    runtime: Runtime,
+) -> tuple[Tensor, Tensor]:
+    """Do one step of the optimiser; return the mean loss and the number of right answers."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    model.train()
+    with torch.enable_grad(), runtime.autocast():
+        logits = model(x).float()
+        loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    # Without it a single bad batch ends a network that has no batch norm.
+    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def _check(train: ImageSet, test: ImageSet, learner: Learner) -> None:
+    if len(train) < 2 or len(test) < 1:
+        raise InputError(
+            f"A learner needs at least 2 training images and 1 test image, got {len(train)} and {len(test)}."
+        )
+    if train.class_names != test.class_names:
+        raise InputError(
+            f"Training and test images must have the same classes, got {list(train.class_names)} and "
+            f"{list(test.class_names)}."
+        )
+    if train.size != test.size:
+        raise InputError(f"Training images are {train.size}, test images {test.size}; open both at one size.")

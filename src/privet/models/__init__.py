@@ -1,0 +1,121 @@
+"""Networks by name, and their weights as safetensors.
+
+A name is an architecture with an optional width: `resnet18`, `resnet8-w32`, `vgg16`. Every network
+takes pixels in [0, 1], (batch, 3, height, width), and returns logits.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from privet.errors import MissingExtraError, UsageError
+from privet.models import cnn, densenet, mobilenetv2, resnet, vgg, vit
+from privet.models.blocks import Scaled
+from privet.models.weights import SavedModel, load_backbone, load_model, save_model
+
+__all__ = [
+    "ARCHITECTURES",
+    "SavedModel",
+    "create_model",
+    "family",
+    "load_backbone",
+    "load_model",
+    "save_model",
+]
+
+# What ImageNet weights expect; networks without the ImageNet stem use 0.5 and 0.25.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Up to this side a DenseNet or MobileNetV2 keeps the full resolution in its stem.
+THUMBNAIL = 64
+
+ARCHITECTURES: tuple[str, ...] = (
+    *resnet.DEPTHS,
+    *(f"{name}-imagenet" for name in ("resnet18", "resnet34", "resnet50")),
+    *vgg.DEPTHS,
+    *densenet.DEPTHS,
+    "mobilenetv2",
+    "vit",
+    "cnn",
+)
+
+
+def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 0) -> nn.Module:
+    """Build a network with freshly initialised weights.
+
+    Args:
+        name: one of `ARCHITECTURES`, with `-wN` behind it for another width, or `timm:NAME`.
+        classes: number of outputs.
+        size: height and width of the images in pixels.
+        seed: of the initial weights.
+
+    Raises:
+        UsageError: no such network.
+        MissingExtraError: a timm network, and timm is not installed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name.startswith("timm:"):
+            return _timm(name.removeprefix("timm:"), classes=classes, size=size)
+        base, width = _split(name)
+        stem = "imagenet" if base.endswith("-imagenet") else "3x3"
+        if stem == "imagenet":
+            network: nn.Module = resnet.build(
+                base.removesuffix("-imagenet"), classes=classes, width=width, stem=stem
+            )
+            return Scaled(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        if base in resnet.DEPTHS:
+            network = resnet.build(base, classes=classes, width=width, stem=stem)
+        elif base in vgg.DEPTHS:
+            network = vgg.build(base, classes=classes, width=width)
+        elif base == "cnn":
+            network = cnn.build(classes=classes, width=width)
+        elif base == "vit":
+            network = vit.build(size=size, classes=classes, width=width)
+        else:
+            stem = "3x3" if min(size) <= THUMBNAIL else "imagenet"
+            if base in densenet.DEPTHS:
+                network = densenet.build(base, classes=classes, width=width, stem=stem)
+            else:
+                network = mobilenetv2.build(classes=classes, width=width, stem=stem)
+        return Scaled(network)
+
+
+def family(name: str) -> str:
+    """Return the kind of network that a name stands for, whatever its depth and width."""
+    match = re.match(r"(timm:)?([a-z]+)", name)
+    return match.group(2) if match else name
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(.+?)(?:-w([1-9]\d{0,3}))?", name)
+    if match is None or match.group(1) not in ARCHITECTURES:
+        raise UsageError(
+            f"Unknown architecture {name!r}. Known: {', '.join(ARCHITECTURES)}; "
+            "add -wN for another width (resnet8-w32), or write timm:NAME for one of timm's."
+        )
+    return match.group(1), int(match.group(2)) if match.group(2) else None
+
+
+def _timm(name: str, *, classes: int, size: tuple[int, int]) -> nn.Module:
+    try:
+        import timm
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # a torchvision that does not fit raises RuntimeError
+        raise MissingExtraError(f"timm:{name}", "timm") from error
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name[:6]}*")[:6]) or "none with a similar name"
+        raise UsageError(f"timm has no model {name!r}; it has {near}.")
+    options = {"num_classes": classes}
+    try:
+        network = timm.create_model(name, img_size=size, **options)
+    except TypeError:  # convolutional networks take any size and no such argument
+        network = timm.create_model(name, **options)
+    config = network.default_cfg
+    return Scaled(network, mean=tuple(config["mean"]), std=tuple(config["std"]))

@@ -1,0 +1,211 @@
+"""Error-minimizing noise (EM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from privet.errors import UsageError
+from privet.images.augment import augmentation_for
+from privet.images.image_set import ImageSet
+from privet.learning.checkpoint import load_checkpoint, save_checkpoint
+from privet.learning.train import training_step
+from privet.models import create_model
+from privet.protection.base import CHUNK, Job, Perturb, Protection
+from privet.protection.minimise import minimise, pack, unpack
+from privet.protection.surrogate import load_surrogate, save_surrogate
+from privet.seeds import derive, generator
+
+MODES = ("sample", "class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EM(Protection):
+    """Error-minimizing noise (Huang et al., arXiv 2101.04898): the first unlearnable examples.
+
+    Surrogate and noise lower the same loss in turn: min over f, min over |δ| <= ε of CE(f(x + δ), y).
+    A round is a few surrogate steps on noisy images and one pass that improves the stored noise of
+    every image (or of every class) from where it was. Rounds end when the surrogate has learned the
+    noisy images. There is no augmentation, by the authors' design, and no defence against
+    adversarial training.
+
+    Deviations: stored noise is kept in steps of ε/127; in class-wise mode every image contributes,
+    where the authors use a fifth of them.
+
+    Attributes:
+        mode: "sample" (each image its noise) or "class" (one noise for each class; robust to
+            omission but easy to find and to subtract).
+        surrogate: architecture of f.
+        train_steps: surrogate steps a round.
+        batch_size: images a surrogate step.
+        learning_rate: of SGD (momentum 0.9, weight decay 0.0005).
+        noise_steps: descents on the stored noise a round, each `step_size` long; class-wise 1.
+        step_size: of a descent, in 1/255.
+        stop_error: rounds end when the surrogate misses less than this share of the noisy images.
+        max_rounds: or after so many rounds.
+    """
+
+    mode: str = "sample"
+    surrogate: str = "resnet18"
+    train_steps: int = 10
+    batch_size: int = 512
+    learning_rate: float = 0.1
+    noise_steps: int = 20
+    step_size: float = 0.8
+    stop_error: float = 0.01
+    max_rounds: int = 100
+    views: int = 0
+    flip: bool = True
+
+    name: ClassVar[str] = "em"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise UsageError(f"Unknown mode {self.mode!r}; expected {' or '.join(MODES)}.")
+        for setting in ("train_steps", "batch_size", "noise_steps", "max_rounds"):
+            if getattr(self, setting) < 1:
+                raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
+
+    def _perturb(self, images: ImageSet, job: Job) -> Perturb:
+        model = load_surrogate(images, job) if job.surrogate else None
+        if model is not None:
+            surrogate = model
+
+            def fresh(index: Tensor, randomness: torch.Generator) -> Tensor:
+                noise = torch.zeros(len(index), 3, *images.size, device=job.runtime.device)
+                return self._improve(surrogate, images, index, noise, randomness, job) * 255
+
+            return fresh
+        stored = self._train(images, job)
+        rows = images.labels if self.mode == "class" else torch.arange(len(images))
+
+        def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
+            return unpack(stored[rows[index]], self.epsilon)
+
+        return perturb
+
+    def _train(self, images: ImageSet, job: Job) -> Tensor:
+        """Run rounds until the surrogate has learned the noise; return it, (rows, 3, height, width)."""
+        runtime = job.runtime
+        model = create_model(
+            self.surrogate,
+            classes=images.classes,
+            size=images.size,
+            seed=derive(job.seed, "surrogate"),
+        )
+        model = runtime.place(model)
+        optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, momentum=0.9, weight_decay=5e-4)
+        count = images.classes if self.mode == "class" else len(images)
+        stored = torch.zeros(count, 3, *images.size, dtype=torch.int8)
+        first, errors = 0, list[float]()
+        path = job.file("surrogate-checkpoint.safetensors")
+        if path and (state := load_checkpoint(path, model=model, optimizer=optimizer)):
+            stored, errors = state[0]["noise"], list(state[1]["errors"])
+            first = len(errors)
+        trained = runtime.distribute(model)
+        for round_ in range(first, self.max_rounds):
+            if errors and errors[-1] < self.stop_error:
+                break
+            self._train_surrogate(trained, optimizer, images, stored, round_, job)
+            errors.append(self._improve_stored(model, images, stored, round_, job))
+            last = round_ + 1 == self.max_rounds or errors[-1] < self.stop_error
+            if path is not None and (job.checkpoint_due() or last):
+                save_checkpoint(
+                    path,
+                    model=model,
+                    optimizer=optimizer,
+                    tensors={"noise": stored},
+                    record={"errors": errors},
+                )
+        job.facts.update(rounds=len(errors), surrogate_error=errors[-1])
+        save_surrogate(model, self.surrogate, images, self, job)
+        return stored
+
+    def _train_surrogate(
+        self,
+        trained: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: ImageSet,
+        stored: Tensor,
+        round_: int,
+        job: Job,
+    ) -> None:
+        batch = min(self.batch_size, len(images))
+        per_epoch = len(images) // batch
+        for step in range(round_ * self.train_steps, (round_ + 1) * self.train_steps):
+            order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
+            offset = step % per_epoch * batch
+            index = job.runtime.share(order[offset : offset + batch])
+            rows = images.labels[index] if self.mode == "class" else index
+            x, y = self._batch(images, index, job)
+            seen = (x + unpack(stored[rows], self.epsilon / 255).to(x.device)).clamp_(0, 1)
+            if self.views:
+                randomness = job.random("views", step, job.runtime.rank)
+                augmentation = augmentation_for(images.size, flip=self.flip)
+                seen = augmentation.draw(len(index), images.size, randomness).apply(seen)
+            training_step(trained, optimizer, seen, y, rate=self.learning_rate, runtime=job.runtime)
+
+    def _improve_stored(
+        self, model: nn.Module, images: ImageSet, stored: Tensor, round_: int, job: Job
+    ) -> float:
+        """Do one pass over all images in place; return the surrogate's error on noisy images."""
+        model.eval()
+        runtime = job.runtime
+        wrong = torch.zeros((), device=runtime.device)
+        updates = torch.zeros_like(stored, dtype=torch.int16)
+        for chunk, start in enumerate(range(0, len(images), CHUNK)):
+            if self.mode == "sample" and chunk % runtime.world != runtime.rank:
+                continue
+            index = torch.arange(start, min(start + CHUNK, len(images)))
+            rows = images.labels[index] if self.mode == "class" else index
+            noise = unpack(stored[rows], self.epsilon / 255).to(runtime.device)
+            randomness = job.random("noise", round_, chunk)
+            noise = self._improve(model, images, index, noise, randomness, job)
+            x, y = self._batch(images, index, job)
+            with torch.no_grad(), runtime.autocast():
+                wrong += (model((x + noise).clamp_(0, 1)).argmax(1) != y).sum()
+            if self.mode == "class":
+                total = torch.zeros(stored.shape, device=noise.device).index_add_(0, y, noise)
+                members = torch.bincount(y, minlength=len(stored)).view(-1, 1, 1, 1)
+                mean = pack(total / members.clamp(min=1), self.epsilon / 255).cpu()
+                stored.copy_(torch.where(members.cpu() > 0, mean, stored))
+            else:
+                updates[index] = pack(noise, self.epsilon / 255).cpu().to(torch.int16)
+            job.progress(f"round {round_ + 1}: improving the noise", start + len(index), len(images))
+        if self.mode == "sample":
+            stored.copy_(runtime.sum(updates.to(runtime.device)).cpu().to(torch.int8))
+            wrong = runtime.sum(wrong)
+        return float(wrong) / len(images)
+
+    def _improve(
+        self,
+        model: nn.Module,
+        images: ImageSet,
+        index: Tensor,
+        noise: Tensor,
+        randomness: torch.Generator,
+        job: Job,
+    ) -> Tensor:
+        x, y = self._batch(images, index, job)
+        return minimise(
+            model,
+            x,
+            y,
+            noise,
+            grey=images.grey[index].to(x.device),
+            epsilon=self.epsilon / 255,
+            step_size=self.step_size / 255,
+            steps=1 if self.mode == "class" else self.noise_steps,
+            augmentation=augmentation_for(images.size, flip=self.flip) if self.views else None,
+            views=max(1, self.views),
+            generator=randomness,
+            runtime=job.runtime,
+        )
+
+    def _batch(self, images: ImageSet, index: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+        device = job.runtime.device
+        return images.pixels[index].to(device).float() / 255, images.labels[index].to(device)

@@ -1,0 +1,87 @@
+"""The inner problem that error-minimizing methods share: noise that makes a batch easy to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from privet.images.augment import Augmentation
+from privet.learning.attack import input_gradient
+from privet.learning.runtime import Runtime
+
+Disturb = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""Maps views in [0, 1] and their labels to disturbed views in [0, 1]; the gradient passes straight."""
+
+
+def pack(noise: Tensor, epsilon: float) -> Tensor:
+    """Return noise in [-epsilon, epsilon] as int8, in steps of epsilon / 127."""
+    return (noise * (127 / epsilon)).round().to(torch.int8)
+
+
+def unpack(stored: Tensor, epsilon: float) -> Tensor:
+    """Return what `pack` stored, up to its rounding."""
+    return stored.float() * (epsilon / 127)
+
+
+@torch.no_grad()
+def minimise(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    *,
+    grey: Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    augmentation: Augmentation | None = None,
+    views: int = 1,
+    disturb: Disturb | None = None,
+    generator: torch.Generator,
+    runtime: Runtime,
+) -> Tensor:
+    """Return noise, starting from `noise`, that lowers the expected loss of a frozen network.
+
+    Each step moves by the sign of the gradient of the mean over `views` draws of
+    CE(model(disturb(t(clip(x + noise)))), labels), t being drawn from the augmentation, and clips
+    to the budget. The draws of a step share one forward and backward pass, which changes nothing
+    as the network is in evaluation mode.
+
+    Args:
+        model: a network in evaluation mode.
+        x: pixels in [0, 1], (batch, 3, height, width).
+        labels: (batch,).
+        noise: where to start, in units of [0, 1], shaped like x; not modified.
+        grey: (batch,), images on which the three channels must stay equal.
+        epsilon: budget, in units of [0, 1].
+        step_size: likewise.
+        steps: descents.
+        augmentation: the distribution of views, or None for the image itself.
+        views: draws averaged in each step.
+        disturb: what is done to each view before the network sees it, or None.
+        generator: draws views and disturbances.
+        runtime: gives the precision of the passes.
+    """
+    repeated = labels.repeat(views)
+    tie = grey.view(-1, 1, 1, 1) if bool(grey.any()) else None
+    for _ in range(steps):
+        moved = x + noise
+        seen = moved.clamp(0, 1)
+        if augmentation is not None:
+            drawn = augmentation.draw(views * len(x), (x.shape[2], x.shape[3]), generator)
+            inputs = drawn.apply(seen.repeat(views, 1, 1, 1))
+        else:
+            inputs = seen
+        if disturb is not None:
+            inputs = disturb(inputs, repeated, generator)
+        gradient = input_gradient(model, inputs, repeated, runtime=runtime)
+        if augmentation is not None:
+            gradient = drawn.adjoint(gradient)
+            gradient = gradient.reshape(views, *x.shape).sum(0)
+        gradient = gradient.masked_fill_(moved != seen, 0)  # the derivative of the clip
+        if tie is not None:
+            gradient = torch.where(tie, gradient.sum(1, keepdim=True), gradient)
+        noise = (noise - step_size * gradient.sign_()).clamp_(-epsilon, epsilon)
+    return noise

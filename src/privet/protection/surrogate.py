@@ -1,0 +1,45 @@
+"""Keeping a run's surrogate, to protect further images of the same classes without training."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from privet.errors import InputError
+from privet.images.image_set import ImageSet
+from privet.models import SavedModel, load_model, save_model
+from privet.protection.base import Job, Protection
+
+FILE = "surrogate.safetensors"
+
+
+def save_surrogate(
+    model: nn.Module, architecture: str, images: ImageSet, method: Protection, job: Job
+) -> None:
+    """Write the surrogate into the workspace, if there is one."""
+    path = job.file(FILE)
+    if path is not None and job.runtime.rank == 0:
+        about = SavedModel(
+            architecture=architecture,
+            class_names=images.class_names,
+            size=images.size,
+            notes={"method": method.name, "settings": method.settings(), "seed": job.seed},
+        )
+        save_model(path, model, about)
+
+
+def load_surrogate(images: ImageSet, job: Job) -> nn.Module | None:
+    """Return the surrogate that the job names, or that an earlier, killed try of it finished.
+
+    Raises:
+        InputError: it cannot be read, or knows other classes than the images have.
+    """
+    path = job.surrogate or job.file(FILE)
+    if path is None or (job.surrogate is None and not path.exists()):
+        return None
+    model, about = load_model(path)
+    if about.class_names != images.class_names:
+        raise InputError(
+            f"{path} was trained on the classes {list(about.class_names)}, but these images have "
+            f"{list(images.class_names)}. A surrogate protects images of its own classes only."
+        )
+    return job.runtime.place(model).eval()

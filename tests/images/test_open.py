@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from privet.errors import InputError
+from privet.images import ImageSet, align, open_images, pair
+from privet.images.source import _unique_names
+from tests.conftest import blobs
+
+Make = Callable[..., Path]
+
+
+def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def by_name(images: ImageSet) -> dict[str, tuple[str, int]]:
+    """Each image's class and first pixel."""
+    return {
+        name: (images.class_names[label], int(pixels[0, 0, 0]))
+        for name, label, pixels in zip(images.names, images.labels.tolist(), images.pixels, strict=True)
+    }
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    put(tmp_path / "dog/a.png", png(1))
+    put(tmp_path / "dog/deep/er/b.png", png(2))
+    put(tmp_path / "cat/a.png", png(3))
+    put(tmp_path / "empty/readme.md/none.txt", b"")
+    images = open_images(tmp_path)
+    assert by_name(images) == {"dog/a": ("dog", 1), "dog/deep/er/b": ("dog", 2), "cat/a": ("cat", 3)}
+    assert images.class_names == ("cat", "dog", "empty")
+    assert images.size == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("columns", [("path", "label"), ("file_name", "class")])
+def test_tables(tmp_path: Path, kind: str, columns: tuple[str, str]) -> None:
+    rows = [("ä/ö 1.png", "two words"), ("b.png", "other"), ("absent.png", "other"), ("b.png", "other"), ("", "other")]
+    for value, (file, _) in enumerate(rows[:2]):
+        put(tmp_path / file, png(value))
+    table = tmp_path / f"images.{kind}"
+    if kind == "csv":
+        with table.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+    else:
+        lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+        table.write_text("\n".join([*lines, "not json", "[1]"]), encoding="utf-8")
+    images = open_images(table)
+    assert by_name(images) == {"ä/ö 1": ("two words", 0), "b": ("other", 1)}
+    reasons = {skip.reason for skip in images.skipped}
+    assert {"there is no such file", "listed twice", "a row without path or label"} <= reasons
+    assert len(images.skipped) == (3 if kind == "csv" else 5)
+
+
+def test_a_folder_with_metadata_is_read_by_it(tmp_path: Path) -> None:
+    put(tmp_path / "x.png", png(7))
+    (tmp_path / "metadata.csv").write_text("file_name,label\nx.png,3\n")
+    assert by_name(open_images(tmp_path)) == {"x": ("3", 7)}
+
+
+def test_number_labels_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for label in (2, 10, 1):
+        put(tmp_path / f"{label}.png", png(label))
+    (tmp_path / "labels.csv").write_text("path,label\n2.png,2\n10.png,10\n1.png,1\n")
+    assert open_images(tmp_path).class_names == ("1", "2", "10")
+
+
+def test_paths_outside_the_table_s_folder_are_named_from_their_common_folder(tmp_path: Path) -> None:
+    put(tmp_path / "one/a.png", png(1))
+    put(tmp_path / "two/a.png", png(2))
+    table = put(tmp_path / "tables/t.csv", f"path,label\n../one/a.png,x\n{tmp_path}/two/a.png,y\n".encode())
+    assert by_name(open_images(table)) == {"one/a": ("x", 1), "two/a": ("y", 2)}
+
+
+def rows_of(images: ImageSet, *, paths: bool) -> dict[str, list[object]]:
+    encoded = [png(int(pixels[0, 0, 0])) for pixels in images.pixels]
+    return {
+        "img": [
+            {"bytes": data, "path": f"{name}.png" if paths else None}
+            for data, name in zip(encoded, images.names, strict=True)
+        ],
+        "label": images.labels.tolist(),
+    }
+
+
+@pytest.mark.parametrize("paths", [True, False])
+def test_parquet(tmp_path: Path, paths: bool) -> None:
+    images = blobs(5)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])})
+    datasets.Dataset.from_dict(rows_of(images, paths=paths), features=features).to_parquet(tmp_path / "train.parquet")
+    for source in (tmp_path, tmp_path / "train.parquet"):
+        opened = open_images(source)
+        assert opened.class_names == ("x", "y", "z")
+        assert sorted(opened.names) == (sorted(images.names) if paths else ["x/0", "x/3", "y/1", "y/4", "z/2"])
+        expected = dict(zip(images.names, images.labels.tolist(), strict=True))
+        if paths:
+            assert {name: label for name, label in zip(opened.names, opened.labels.tolist(), strict=True)} == expected
+
+
+def test_parquet_rows_without_image_or_label_are_skipped(tmp_path: Path) -> None:
+    rows = {
+        "image": [{"bytes": png(1), "path": None}, {"bytes": None, "path": None}, {"bytes": png(2), "path": None}],
+        "label": [0, 0, None],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
+    images = open_images(tmp_path / "x.parquet")
+    assert len(images) == 1
+    assert sorted(skip.reason for skip in images.skipped) == ["a row without image", "a row without label"]
+
+
+def test_a_split_of_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    for split, value in (("train", 1), ("test", 2)):
+        rows = {"image": [{"bytes": png(value), "path": None}], "label": [0]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    assert int(open_images(tmp_path).pixels[0, 0, 0, 0]) == 1
+    assert int(open_images(tmp_path, split="test").pixels[0, 0, 0, 0]) == 2
+    with pytest.raises(InputError, match="no Parquet file of the split 'validation'; it has test-00000"):
+        open_images(tmp_path, split="validation")
+
+
+def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        if name == "nobody/nothing":
+            raise ConnectionError("no network")
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+        return datasets.Dataset.from_dict(rows_of(blobs(4), paths=False), features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    images = open_images("someone/pictures", split="test")
+    assert asked == [("someone/pictures", "test")]
+    assert (len(images), images.class_names) == (4, ("a", "b", "c"))
+    with pytest.raises(InputError, match=r"'nobody/nothing' \(split 'train'\) could not be loaded: no network"):
+        open_images("nobody/nothing")
+
+
+def test_the_order_depends_on_contents_alone(tmp_path: Path, make_folder: Make) -> None:
+    images = blobs(12)
+    folder = make_folder(images)
+    first = open_images(folder)
+    rows = [(f"{name}.png", images.class_names[label]) for name, label in zip(images.names, images.labels.tolist(), strict=True)]
+    for order in (rows, rows[::-1]):
+        lines = ["path,label", *(f"{file},{label}" for file, label in order)]
+        (folder / "images.csv").write_text("\n".join(lines))
+        other = open_images(folder / "images.csv")
+        assert other.names == first.names
+        assert torch.equal(other.pixels, first.pixels)
+        assert other.digest == first.digest
+    for workers in (1, 7):
+        assert open_images(folder, workers=workers).digest == first.digest
+
+
+def test_mixed_sizes_are_seen_at_one_size(tmp_path: Path) -> None:
+    put(tmp_path / "a/wide.png", png(9, (40, 300)))
+    put(tmp_path / "a/tall.png", png(200, (300, 40)))
+    images = open_images(tmp_path)
+    assert images.size == (224, 224)
+    assert {int(pixels.unique()) for pixels in images.pixels} == {9, 200}
+    assert open_images(tmp_path, size=32).size == (32, 32)
+
+
+def test_larger_than_memory_goes_to_a_file(tmp_path: Path, make_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(blobs(6))
+    expected = open_images(folder)
+
+    class Full:
+        available = 0
+
+    monkeypatch.setattr("psutil.virtual_memory", Full)
+    mapped = open_images(folder, workspace=tmp_path / "space")
+    assert (tmp_path / "space/pixels.npy").stat().st_size > 6 * 8 * 8 * 3
+    assert torch.equal(mapped.pixels, expected.pixels)
+    assert mapped.digest == expected.digest
+
+
+def test_bad_files_beside_good_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    good = [put(folder / "a/good.png", png(1)), put(folder / "b/ünïcödé 漢字.png", png(2))]
+    put(folder / "a/truncated.png", png(3)[:-30])
+    put(folder / "a/empty.jpg", b"")
+    put(folder / "a/words.png", b"words, no pixels")
+    put(folder / "a/really-a-png.jpg", png(4))
+    put(folder / "a/notes.txt", b"notes")
+    put(folder / "a/.hidden", b"")
+    put(folder / "a/Thumbs.db", b"")
+    put(folder / "loose.png", png(5))
+    (folder / "a/loop").symlink_to(folder / "a")
+    (folder / "a/self.png").symlink_to("self.png")
+    (folder / "a/gone.png").symlink_to("nowhere.png")
+    os.mkfifo(folder / "a/pipe.png")
+    os.makedirs(os.fsencode(str(folder / "b")) + b"/\xff\xfe")
+    put(Path(os.fsdecode(os.fsencode(str(folder / "b")) + b"/\xff\xfe/latin.png")), png(6))
+
+    images = open_images(folder)
+    latin = os.fsdecode(b"b/\xff\xfe/latin")
+    assert sorted(images.names) == sorted(["a/good", "a/really-a-png", "b/ünïcödé 漢字", latin])
+    assert all(path.exists() for path in good)
+    reasons = {skip.file: skip.reason for skip in images.skipped}
+    assert reasons.keys() == {
+        *(f"a/{name}" for name in ("truncated.png", "empty.jpg", "words.png", "notes.txt", "loop", "self.png", "gone.png", "pipe.png")),
+        "loose.png",
+    }
+    assert reasons["a/loop"] == "a symbolic link that loops: it leads back to a folder above it"
+    assert "loops" in reasons["a/self.png"]
+    assert reasons["a/pipe.png"] == "not a regular file"
+    assert "damaged" in reasons["a/truncated.png"]
+    assert reasons["a/empty.jpg"] == "empty file"
+    assert "not inside a class folder" in reasons["loose.png"]
+
+
+MESSAGES = {
+    "absent": (lambda folder: folder / "absent.csv", "There is no file or folder"),
+    "empty folder": (lambda folder: folder, "has no class folders with images in them. Expected .*CLASS/image.png"),
+    "loose images": (lambda folder: put(folder / "x.png", png(1)).parent, "It has 1 loose images, of which nobody knows"),
+    "text": (lambda folder: put(folder / "x.txt", b"x"), "is a file of a kind that holds no image set"),
+    "no columns": (lambda folder: put(folder / "x.csv", b"name,kind\na,b\n"), "has the columns name, kind; expected one of path"),
+    "latin": (lambda folder: put(folder / "x.csv", b"path,label\n\xff\xfe,b\n"), "as UTF-8 text"),
+    "no rows": (lambda folder: put(folder / "x.csv", b"path,label\n"), "There is no image in"),
+    "broken parquet": (lambda folder: put(folder / "x.parquet", b"PAR1nonsense"), "as Parquet"),
+    "nothing usable": (lambda folder: put(folder / "a/x.png", b"no").parent.parent, "None of the 1 files .* a/x.png: not an image"),
+    "broken manifest": (lambda folder: put(folder / "manifest.jsonl", b'{"a": 1}\n').parent, "manifest.jsonl is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_unusable_sources_say_what_was_expected(tmp_path: Path, case: str) -> None:
+    make, message = MESSAGES[case]
+    with pytest.raises(InputError, match=message):
+        open_images(make(tmp_path))
+
+
+@given(st.lists(st.from_regex(r"[ab]{1,2}(/[ab])?(\.[ab]){0,2}", fullmatch=True), unique=True))
+def test_names_are_unique(files: list[str]) -> None:
+    assert len(set(_unique_names(files))) == len(files)
+
+
+def test_names_keep_the_suffix_only_where_they_would_clash() -> None:
+    assert _unique_names(["a/x.jpg", "a/x.png", "a/y.png", "b/x.png"]) == ["a/x.jpg", "a/x.png", "a/y", "b/x"]
+    assert _unique_names(["x.png", "x.jpg", "x.png.gif"]) == ["x.png", "x.jpg", "x.png.gif"]
+
+
+def test_align_counts_labels_in_another_list() -> None:
+    images = ImageSet.from_arrays(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), class_names=["b", "a"])
+    aligned = align(images, ["a", "b", "c"])
+    assert (aligned.labels.tolist(), aligned.class_names) == ([1, 0], ("a", "b", "c"))
+    with pytest.raises(InputError, match="classes that the others lack: a. Expected only b"):
+        align(images, ["b"])
+
+
+def test_pairs_go_by_name() -> None:
+    clean, other = blobs(6), blobs(6).subset([4, 2, 3])
+    first, second = pair(clean, other)
+    assert first.names == second.names == tuple(clean.names[index] for index in (2, 3, 4))
+    with pytest.raises(InputError, match="No image of the two sets has the same name"):
+        pair(clean.subset([0]), clean.subset([1]))
+
+
+def test_real_sets(data: Path) -> None:
+    cifar = open_images(data / "cifar10/test.parquet", limit=200)
+    assert (len(cifar), cifar.size, cifar.classes) == (200, (32, 32), 10)
+    assert not cifar.grey.any()
+    faces = open_images(data / "orl-faces/all.parquet", size=32)
+    assert (len(faces), faces.classes, bool(faces.grey.all())) == (400, 40, True)
+    assert faces.labels.bincount().tolist() == [10] * 40

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from privet.errors import UsageError
+from privet.images import Picture, PictureError
+from privet.images.picture import decode, encode, measure
+
+RANDOM = np.random.default_rng(0)
+PIXELS = RANDOM.integers(0, 256, (20, 30, 4)).astype(np.uint8)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+RGB = Image.fromarray(PIXELS[..., :3])
+GREY = Image.fromarray(PIXELS[..., 0])
+DEEP = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 251)
+PALETTE = RGB.quantize(16)
+
+KINDS = {
+    "rgb": (file(RGB), "RGB"),
+    "rgba": (file(Image.fromarray(PIXELS)), "RGBA"),
+    "grey": (file(GREY), "L"),
+    "grey with alpha": (file(Image.fromarray(PIXELS[..., :2])), "LA"),
+    "bilevel": (file(GREY.convert("1")), "L"),
+    "palette": (file(PALETTE), "RGB"),
+    "palette with transparency": (file(PALETTE, transparency=3), "RGBA"),
+    "rgb with a transparent colour": (file(RGB, transparency=tuple(map(int, PIXELS[0, 0, :3]))), "RGBA"),
+    "16-bit grey": (file(DEEP), "I;16"),
+    "16-bit grey tiff": (file(DEEP, "TIFF"), "I;16"),
+    "cmyk": (file(RGB.convert("CMYK"), "JPEG"), "RGB"),
+    "jpeg": (file(RGB, "JPEG"), "RGB"),
+    "grey jpeg": (file(GREY, "JPEG"), "L"),
+    "webp": (file(Image.fromarray(PIXELS), "WEBP"), "RGBA"),
+    "gif": (file(RGB, "GIF"), "RGB"),
+    "bmp": (file(RGB, "BMP"), "RGB"),
+    "ycbcr tiff": (file(RGB.convert("YCbCr"), "TIFF"), "RGB"),
+}
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_carried_through(kind: str, format: str) -> None:
+    data, mode = KINDS[kind]
+    before = decode(data)
+    assert before.size == measure(data) == (20, 30)
+    delta = RANDOM.integers(-8, 9, (20, 30, 3)).astype(np.int16)
+    if before.grey:
+        delta[:] = delta[..., :1]
+    changed = before.perturbed(delta)
+    assert np.abs(changed.rgb.astype(int) - before.rgb).max() == 8
+    if before.deep is not None and format == "webp":
+        with pytest.raises(PictureError, match="16 bits do not fit into WebP; use png"):
+            encode(changed, format=format)
+        return
+    written = encode(changed, format=format)
+    after = decode(written)
+    np.testing.assert_array_equal(after.rgb, changed.rgb)
+    if before.alpha is not None:
+        np.testing.assert_array_equal(after.alpha, before.alpha)
+    if before.deep is not None:
+        np.testing.assert_array_equal(after.deep, changed.deep)
+    if format == "png":
+        assert opened(written).mode == mode
+
+
+def test_networks_see_what_viewers_show() -> None:
+    for kind in ("rgb", "palette", "webp", "gif", "bmp"):
+        expected = np.asarray(opened(KINDS[kind][0]).convert("RGB"))
+        np.testing.assert_array_equal(decode(KINDS[kind][0]).rgb, expected)
+
+
+def test_sixteen_bits_keep_their_lower_half() -> None:
+    before = decode(KINDS["16-bit grey"][0])
+    assert before.deep is not None
+    after = before.perturbed(np.full((20, 30, 3), 5, np.int16))
+    assert after.deep is not None
+    np.testing.assert_array_equal(after.deep, np.minimum(before.deep.astype(int) + 5 * 257, 65535))
+
+
+@given(st.integers(0, 65535), st.integers(-127, 127))
+@settings(max_examples=200)
+def test_a_step_on_16_bits_is_at_most_that_step_on_8(value: int, step: int) -> None:
+    deep = np.array([[value]], np.uint16)
+    grey = (deep.astype(np.uint32) + 128) // 257
+    before = Picture(rgb=np.repeat(grey.astype(np.uint8)[:, :, None], 3, 2), grey=True, deep=deep)
+    after = before.perturbed(np.full((1, 1, 3), step, np.int16))
+    assert abs(int(after.rgb[0, 0, 0]) - int(before.rgb[0, 0, 0])) <= abs(step)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_orientation_is_applied_once(turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = file(RGB, "TIFF", exif=exif)
+    before = decode(data)
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(opened(data))
+    np.testing.assert_array_equal(before.rgb, np.asarray(upright))
+    assert measure(data) == before.size
+    written = encode(before)
+    assert 0x0112 not in opened(written).getexif()
+    np.testing.assert_array_equal(decode(written).rgb, before.rgb)
+
+
+def test_metadata_are_kept_without_location_and_thumbnails() -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    exif[0x0112] = 6
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    exif.get_ifd(0x8769).update({0x9286: "comment", 0x927C: b"maker note"})
+    data = file(RGB, "JPEG", exif=exif, icc_profile=SRGB, dpi=(300, 300))
+    before = decode(data)
+
+    kept = opened(encode(before))
+    assert kept.getexif()[0x010F] == "Maker"
+    assert kept.getexif().get_ifd(0x8769) == {0x9286: "comment"}
+    assert kept.getexif().get_ifd(0x8825) == {}
+    assert kept.info["icc_profile"] == SRGB
+    assert kept.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+    located = opened(encode(before, gps=True))
+    assert located.getexif().get_ifd(0x8825)[2] == (1.0, 2.0, 3.0)
+
+    stripped = opened(encode(before, metadata="strip"))
+    assert len(stripped.getexif()) == 0
+    assert stripped.info["icc_profile"] == SRGB  # without it the colours would change
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_xmp_with_location_or_thumbnail_is_dropped(format: str) -> None:
+    for packet, kept in ((b"<x>title</x>", True), (b"<x>GPSLatitude</x>", False), (b"<x>xmp:Thumbnails</x>", False)):
+        data = file(RGB, "WEBP", xmp=packet)
+        found = opened(encode(decode(data), format=format)).info
+        assert (packet.decode() in str(found)) is kept
+
+
+def test_text_chunks_are_kept() -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Title", "a title")
+    written = encode(decode(file(RGB, pnginfo=info)))
+    assert opened(written).text == {"Title": "a title"}  # type: ignore[attr-defined]
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG that claims to be this large and holds nothing."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    end = b"IEND"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (chunk, end)
+    )
+
+
+FRAMES = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+
+UNUSABLE = {
+    "empty": (b"", "empty file"),
+    "text": (b"hello there" * 9, "not an image of a kind that privet reads"),
+    "truncated": (file(RGB)[:900], "damaged: image file is truncated"),
+    "truncated jpeg": (file(RGB, "JPEG")[:-200], "damaged: image file is truncated"),
+    "bomb": (header(30_000, 30_000), "too large to decode safely"),
+    "larger than the limit": (header(9_500, 9_500), "too large to decode safely"),
+    "animated": (file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animated: 2 frames"),
+    "pages": (file(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "2 pages"),
+    "float": (file(Image.fromarray(PIXELS[..., 0].astype(np.float32)), "TIFF"), "no defined white"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_unusable_files_say_why(kind: str) -> None:
+    data, reason = UNUSABLE[kind]
+    with pytest.raises(PictureError, match=reason):
+        measure(data)
+        decode(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_by_its_header() -> None:
+    with pytest.raises(PictureError, match="too large"):
+        measure(UNUSABLE["bomb"][0])
+
+
+def test_jpeg_is_refused_with_its_reason() -> None:
+    with pytest.raises(UsageError, match="JPEG output is refused: its compression removes most of the protection"):
+        encode(decode(KINDS["rgb"][0]), format="jpeg")
+    with pytest.raises(UsageError, match="Unknown image format 'gif'; expected png or webp"):
+        encode(decode(KINDS["rgb"][0]), format="gif")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    edits=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=12),
+    end=st.integers(0, 5000),
+)
+def test_fuzzed_files_decode_or_say_why(kind: str, edits: list[tuple[int, int]], end: int) -> None:
+    data = bytearray(KINDS[kind][0])
+    for place, value in edits:
+        data[place % len(data)] = value
+    damaged = bytes(data[: max(8, len(data) - end)] if end % 3 == 0 else data)
+    try:
+        measure(damaged)
+        picture = decode(damaged)
+    except PictureError as error:
+        assert str(error)
+        return
+    try:
+        after = decode(encode(picture))
+    except PictureError as error:
+        assert str(error)
+        return
+    np.testing.assert_array_equal(after.rgb, picture.rgb)

@@ -1,0 +1,352 @@
+"""What every protection must pass. Adding a method is adding a row to TABLE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from privet.errors import BudgetError, InputError, OutputError, UsageError
+from privet.images import ImageSet, open_images
+from privet.learning import Runtime
+from privet.protection import EM, METHODS, REM, SEM, Job, Protection, RandomNoise
+from privet.protection import base as module
+from privet.protection.base import Perturb
+from privet.protection.publish import publish
+from tests.conftest import blobs
+from tests.images.test_write import tree
+
+Make = Callable[..., Path]
+
+SMALL = {"surrogate": "cnn-w4", "train_steps": 3, "batch_size": 8, "noise_steps": 2}
+
+TABLE: dict[str, Protection] = {
+    "em": EM(max_rounds=2, **SMALL),
+    "em class-wise": EM(mode="class", max_rounds=2, **SMALL),
+    "em with views": EM(views=1, max_rounds=2, **SMALL),
+    "sem": SEM(views=2, attack_steps=2, **SMALL),
+    "sem, warm": SEM(views=2, attack_steps=2, warm_start=True, train_noise_steps=1, train_views=1, **SMALL),
+    "rem": REM(views=2, attack_steps=2, **SMALL),
+    "random": RandomNoise(),
+}
+
+
+def job(runtime: Runtime, workspace: Path | None = None, **options: object) -> Job:
+    return Job(runtime=runtime, workspace=workspace, checkpoint_seconds=0, **options)  # type: ignore[arg-type]
+
+
+def difference(before: ImageSet, after: ImageSet) -> Tensor:
+    return after.pixels.short() - before.pixels.short()
+
+
+def test_every_method_has_a_row() -> None:
+    assert {method.name for method in TABLE.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", TABLE.values(), ids=TABLE)
+class TestEvery:
+    @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        epsilon=st.sampled_from([1, 3, 8, 127]),
+        height=st.integers(4, 12),
+        width=st.integers(4, 12),
+        count=st.integers(3, 9),
+        grey=st.booleans(),
+        seed=st.integers(0, 5),
+    )
+    def test_budget_holds_on_the_files_read_back(
+        self,
+        method: Protection,
+        epsilon: int,
+        height: int,
+        width: int,
+        count: int,
+        grey: bool,
+        seed: int,
+        runtime: Runtime,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> None:
+        folder = tmp_path_factory.mktemp("run")
+        images = blobs(count, size=(height, width), grey=grey, seed=seed)
+        chosen = type(method)(**{**method.settings(), "epsilon": epsilon})
+        publish(images, chosen, folder / "out", runtime=runtime, seed=seed)
+        again = open_images(folder / "out", size=images.size)
+        pixels = dict(zip(again.names, again.pixels, strict=True))
+        for name, original in zip(images.names, images.pixels, strict=True):
+            change = (pixels[name].short() - original.short()).abs()
+            assert 0 < int(change.max()) <= epsilon
+        assert bool(again.grey.all()) is grey
+
+    def test_labels_names_and_originals_are_left_alone(self, method: Protection, runtime: Runtime) -> None:
+        images = blobs(5)
+        before = images.pixels.clone()
+        protected = method.protect(images, job(runtime))
+        assert torch.equal(images.pixels, before)
+        assert torch.equal(protected.labels, images.labels)
+        assert protected.names == images.names
+
+    def test_one_seed_is_one_result(self, method: Protection, runtime: Runtime) -> None:
+        images = blobs(9)
+        first, second, other = (
+            method.protect(images, job(runtime, seed=seed)).pixels for seed in (0, 0, 1)
+        )
+        assert torch.equal(first, second)
+        assert not torch.equal(first, other)
+
+    def test_every_image_is_perturbed_whatever_the_batch(
+        self, method: Protection, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "CHUNK", 4)
+        images = blobs(11)  # batches of 8 leave three out, chunks of 4 leave a short one
+        changed = difference(images, method.protect(images, job(runtime))).abs().amax((1, 2, 3))
+        assert bool((changed > 0).all())
+
+    def test_the_order_of_files_changes_nothing(
+        self, method: Protection, runtime: Runtime, make_folder: Make, tmp_path: Path
+    ) -> None:
+        images = blobs(9)
+        folder = make_folder(images)
+        rows = [f"{name}.png,{images.class_names[int(label)]}" for name, label in zip(images.names, images.labels, strict=True)]
+        results = []
+        for number, order in enumerate((rows, rows[::-1])):
+            (folder / "t.csv").write_text("\n".join(["path,label", *order]))
+            publish(open_images(folder / "t.csv", workers=1 + number), method, tmp_path / str(number), runtime=runtime, workers=1 + number)
+            results.append(tree(tmp_path / str(number)))
+        assert results[0] == results[1]
+
+    def test_interrupted_anywhere_it_ends_with_the_same_bytes(
+        self, method: Protection, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "CHUNK", 4)
+        images = blobs(10)
+        publish(images, method, tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
+        expected = tree(tmp_path / "whole")
+        stop_after = 1
+        while True:
+            calls = 0
+
+            def stop(stage: str, done: int, total: int) -> None:
+                nonlocal calls
+                calls += 1
+                if calls >= stop_after:
+                    raise KeyboardInterrupt
+
+            try:
+                publish(images, method, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop)
+                break
+            except KeyboardInterrupt:
+                stop_after += 1
+        assert stop_after > 4
+        assert tree(tmp_path / "parts") == expected
+
+    def test_images_of_one_pixel_and_one_class(self, method: Protection, runtime: Runtime) -> None:
+        images = ImageSet.from_arrays(torch.full((2, 3, 4, 4), 250, dtype=torch.uint8), torch.tensor([0, 0]))
+        assert int(difference(images, method.protect(images, job(runtime))).abs().max()) <= 8
+
+    def test_nothing_to_protect_is_an_error(self, method: Protection, runtime: Runtime) -> None:
+        with pytest.raises(InputError, match="There is no image to protect"):
+            method.protect(blobs(0), job(runtime))
+
+    def test_settings_are_json(self, method: Protection) -> None:
+        assert json.loads(json.dumps(method.settings())) == method.settings()
+
+    def test_presets_can_be_built(self, method: Protection) -> None:
+        for preset in ("paper", "cpu"):
+            assert type(method).preset(preset, epsilon=4).epsilon == 4
+        with pytest.raises(UsageError, match="Unknown preset 'huge'"):
+            type(method).preset("huge")
+        with pytest.raises(UsageError, match="has no setting 'colour'; it has epsilon"):
+            type(method).preset("cpu", colour=1)
+
+
+SURROGATES = {name: method for name, method in TABLE.items() if hasattr(method, "surrogate")}
+
+
+@pytest.mark.parametrize("method", SURROGATES.values(), ids=SURROGATES)
+class TestThoseWithASurrogate:
+    def test_the_surrogate_protects_further_images_without_training(
+        self, method: Protection, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        publish(blobs(9), method, tmp_path / "first", runtime=runtime)
+        surrogate = tmp_path / "first/surrogate.safetensors"
+        stages = set()
+        further = publish(
+            blobs(6, seed=1),
+            method,
+            tmp_path / "second",
+            runtime=runtime,
+            surrogate=surrogate,
+            progress=lambda stage, done, total: stages.add(stage),
+        )
+        assert further.written.ok == 6
+        assert stages == {"perturbing", "writing"}
+
+    def test_a_surrogate_of_other_classes_is_refused(
+        self, method: Protection, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        publish(blobs(9), method, tmp_path / "first", runtime=runtime)
+        with pytest.raises(InputError, match=r"was trained on the classes \['0', '1', '2'\], but these images have \['0', '1'\]"):
+            publish(
+                blobs(6, classes=2),
+                method,
+                tmp_path / "second",
+                runtime=runtime,
+                surrogate=tmp_path / "first/surrogate.safetensors",
+            )
+
+    def test_a_broken_surrogate_is_one_error(self, method: Protection, runtime: Runtime, tmp_path: Path) -> None:
+        (tmp_path / "x.safetensors").write_bytes(b"not weights")
+        with pytest.raises(InputError, match="is not a whole safetensors file"):
+            publish(blobs(6), method, tmp_path / "out", runtime=runtime, surrogate=tmp_path / "x.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rogue(Protection):
+    """A method that respects nothing."""
+
+    value: float = 50.0
+    channels: int = 3
+
+    name: ClassVar[str] = "rogue"
+
+    def _perturb(self, images: ImageSet, job: Job) -> Perturb:
+        def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
+            noise = torch.full((len(index), self.channels, *images.size), self.value)
+            return noise + torch.arange(self.channels).view(1, -1, 1, 1)
+
+        return perturb
+
+
+def test_no_method_can_leave_the_budget(runtime: Runtime) -> None:
+    for grey in (False, True):
+        images = blobs(4, grey=grey)
+        change = difference(images, Rogue(value=50.0).protect(images, job(runtime)))
+        assert int(change.abs().max()) == 8
+        tied = difference(images, Rogue(value=1.3, epsilon=2).protect(images, job(runtime)))
+        assert torch.equal(tied[:, 0], tied[:, 2]) is grey
+
+
+@pytest.mark.parametrize("broken", [{"value": float("nan")}, {"value": float("inf")}, {"channels": 2}])
+def test_nonsense_from_a_method_is_one_error(runtime: Runtime, broken: dict[str, float]) -> None:
+    with pytest.raises(BudgetError, match="rogue returned a perturbation of shape"):
+        Rogue(**broken).protect(blobs(4), job(runtime))  # type: ignore[arg-type]
+
+
+def test_bytes_that_are_tampered_with_are_found(runtime: Runtime, tmp_path: Path) -> None:
+    images = blobs(4)
+    RandomNoise().protect(images, job(runtime, tmp_path))
+    array = np.load(tmp_path / "protected.npy", mmap_mode="r+")
+    array[0, 0, 0, 0] = int(images.pixels[0, 0, 0, 0]) - 9
+    array.flush()
+    with pytest.raises(BudgetError, match="random changed a pixel by 9/255; its budget is 8/255"):
+        RandomNoise().protect(images, job(runtime, tmp_path))
+
+
+@pytest.mark.parametrize("epsilon", [0, 128, 2.5])
+def test_an_impossible_budget_is_refused(epsilon: float) -> None:
+    with pytest.raises(UsageError, match=r"Expected epsilon as a whole number from 1 to 127 \(in 1/255\), got"):
+        RandomNoise(epsilon=epsilon)  # type: ignore[arg-type]
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(UsageError, match="sem needs views of at least 1, got 0"):
+        SEM(views=0)
+    with pytest.raises(UsageError, match="Unknown mode 'pixel'; expected sample or class"):
+        EM(mode="pixel")
+    with pytest.raises(UsageError, match="em needs max_rounds of at least 1, got 0"):
+        EM(max_rounds=0)
+    with pytest.raises(UsageError, match="Expected a radius of 0 to 255"):
+        REM(radius=-1)
+
+
+def test_class_wise_noise_is_one_pattern_a_class(runtime: Runtime) -> None:
+    images = ImageSet.from_arrays(
+        torch.randint(40, 200, (9, 3, 8, 8), dtype=torch.uint8), torch.arange(9) % 3
+    )
+    change = difference(images, TABLE["em class-wise"].protect(images, job(runtime)))
+    for label in range(3):
+        members = change[images.labels == label]
+        assert bool((members == members[0]).all())
+    assert not torch.equal(change[0], change[1])
+
+
+def test_noise_of_each_image_is_its_own(runtime: Runtime) -> None:
+    """Noise that is looked up by position must follow its image, not its class or its place."""
+    images = blobs(12)
+    method = EM(max_rounds=3, **SMALL)
+    change = difference(images, method.protect(images, job(runtime)))
+    assert len({bytes(one.numpy().tobytes()) for one in change}) == len(images)
+    captured: dict[str, Tensor] = {}
+
+    def spy(index: Tensor, randomness: torch.Generator) -> Tensor:
+        delta = perturb(index, randomness)
+        for name, one in zip((images.names[i] for i in index.tolist()), delta, strict=True):
+            captured[name] = one
+        return delta
+
+    perturb = method._perturb(images, job(runtime))
+    whole = spy(torch.arange(12), torch.Generator())
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(perturb(shuffled, torch.Generator()), whole[shuffled])
+
+
+def test_random_noise_uses_the_whole_budget(runtime: Runtime) -> None:
+    images = ImageSet.from_arrays(torch.full((40, 3, 8, 8), 128, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    change = difference(images, RandomNoise(epsilon=5).protect(images, job(runtime)))
+    assert sorted(change.unique().tolist()) == [-5, 5]
+    assert abs(float(change.float().mean())) < 0.2
+
+
+def test_rem_attacks_the_views_and_sem_does_not(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """REM's inner attack is what most implementations leave out; count its passes."""
+    from privet.learning import attack
+
+    counts = {}
+    plain = attack.input_gradient
+    for name in ("sem", "rem"):
+        calls = 0
+
+        def counted(*arguments: object, **options: object) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return plain(*arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(attack, "input_gradient", counted)  # the attacks' passes, not the noise's
+        TABLE[name].protect(blobs(8), job(runtime))
+        counts[name] = calls
+    steps, noise_steps, attack_steps = 3, 2, 2
+    assert counts["sem"] == steps * attack_steps
+    assert counts["rem"] == steps * attack_steps + (steps + 1) * noise_steps * attack_steps
+
+
+def test_another_run_s_folder_is_left_alone(runtime: Runtime, tmp_path: Path) -> None:
+    images = blobs(4)
+    publish(images, RandomNoise(), tmp_path / "out", runtime=runtime)
+    before = tree(tmp_path / "out")
+    assert publish(images, RandomNoise(), tmp_path / "out", runtime=runtime).written.ok == 4
+    assert tree(tmp_path / "out") == before
+    with pytest.raises(OutputError, match="holds a finished run with another seed, settings"):
+        publish(images, RandomNoise(epsilon=3), tmp_path / "out", runtime=runtime, seed=1)
+    assert tree(tmp_path / "out") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.png").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="holds other files. Choose an empty or a new folder"):
+        publish(images, RandomNoise(), tmp_path / "mine", runtime=runtime)
+
+
+def test_a_finished_run_mends_what_was_deleted(runtime: Runtime, tmp_path: Path) -> None:
+    images = blobs(4)
+    publish(images, RandomNoise(), tmp_path / "out", runtime=runtime)
+    before = tree(tmp_path / "out")
+    (tmp_path / "out/0/0000.png").unlink()
+    publish(images, RandomNoise(), tmp_path / "out", runtime=runtime)
+    assert tree(tmp_path / "out") == before
