@@ -23,7 +23,9 @@ def runtime() -> Runtime:
     return Runtime(device=torch.device("cpu"), precision="float32")
 
 
-def blobs(count: int, *, size: tuple[int, int] = (8, 8), classes: int = 3, grey: bool = False, seed: int = 0) -> ImageSet:
+def blobs(
+    count: int, *, size: tuple[int, int] = (8, 8), classes: int = 3, grey: bool = False, seed: int = 0
+) -> ImageSet:
     """Return images whose class is the place of a bright patch, under heavy noise."""
     random = generator(seed, "blobs")
     labels = torch.arange(count) % classes

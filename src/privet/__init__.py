@@ -1,3 +1,70 @@
-"""privet decides who can learn from your images."""
+"""privet decides who can learn from your images.
+
+    import privet
+
+    images = privet.open_images("photos")
+    privet.publish(images, privet.SEM.preset("cpu"), Path("protected"), runtime=privet.Runtime.find())
+
+Names are loaded when they are first used, so that importing privet does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "images": ("ImageSet", "open_images", "write_images"),
+    "models": ("create_model", "load_model", "save_model"),
+    "learning": ("Learner", "Runtime", "learn", "study"),
+    "protection": ("EM", "REM", "SEM", "Job", "Protection", "RandomNoise", "publish"),
+    "recovery": ("JPEG", "AdversarialTraining", "Grayscale", "Recovery", "create_recovery"),
+    "audit": ("Audit", "Plan", "plan", "run_audit"),
+    "report": ("write_report",),
+    "errors": ("PrivetError",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from privet.audit import Audit as Audit
+    from privet.audit import Plan as Plan
+    from privet.audit import plan as plan
+    from privet.audit import run_audit as run_audit
+    from privet.errors import PrivetError as PrivetError
+    from privet.images import ImageSet as ImageSet
+    from privet.images import open_images as open_images
+    from privet.images import write_images as write_images
+    from privet.learning import Learner as Learner
+    from privet.learning import Runtime as Runtime
+    from privet.learning import learn as learn
+    from privet.learning import study as study
+    from privet.models import create_model as create_model
+    from privet.models import load_model as load_model
+    from privet.models import save_model as save_model
+    from privet.protection import EM as EM
+    from privet.protection import REM as REM
+    from privet.protection import SEM as SEM
+    from privet.protection import Job as Job
+    from privet.protection import Protection as Protection
+    from privet.protection import RandomNoise as RandomNoise
+    from privet.protection import publish as publish
+    from privet.recovery import JPEG as JPEG
+    from privet.recovery import AdversarialTraining as AdversarialTraining
+    from privet.recovery import Grayscale as Grayscale
+    from privet.recovery import Recovery as Recovery
+    from privet.recovery import create_recovery as create_recovery
+    from privet.report import write_report as write_report
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"privet has no {name!r}; it has {', '.join(sorted(_HOME))}.")
+    return getattr(importlib.import_module(f"privet.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

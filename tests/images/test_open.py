@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tests.conftest import blobs
 
 from privet.errors import InputError
 from privet.images import ImageSet, align, open_images, pair
 from privet.images.source import _unique_names
-from tests.conftest import blobs
 
 Make = Callable[..., Path]
 
@@ -57,7 +57,13 @@ def test_class_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 @pytest.mark.parametrize("columns", [("path", "label"), ("file_name", "class")])
 def test_tables(tmp_path: Path, kind: str, columns: tuple[str, str]) -> None:
-    rows = [("ä/ö 1.png", "two words"), ("b.png", "other"), ("absent.png", "other"), ("b.png", "other"), ("", "other")]
+    rows = [
+        ("ä/ö 1.png", "two words"),
+        ("b.png", "other"),
+        ("absent.png", "other"),
+        ("b.png", "other"),
+        ("", "other"),
+    ]
     for value, (file, _) in enumerate(rows[:2]):
         put(tmp_path / file, png(value))
     table = tmp_path / f"images.{kind}"
@@ -108,20 +114,32 @@ def rows_of(images: ImageSet, *, paths: bool) -> dict[str, list[object]]:
 @pytest.mark.parametrize("paths", [True, False])
 def test_parquet(tmp_path: Path, paths: bool) -> None:
     images = blobs(5)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])})
-    datasets.Dataset.from_dict(rows_of(images, paths=paths), features=features).to_parquet(tmp_path / "train.parquet")
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])}
+    )
+    datasets.Dataset.from_dict(rows_of(images, paths=paths), features=features).to_parquet(
+        tmp_path / "train.parquet"
+    )
     for source in (tmp_path, tmp_path / "train.parquet"):
         opened = open_images(source)
         assert opened.class_names == ("x", "y", "z")
-        assert sorted(opened.names) == (sorted(images.names) if paths else ["x/0", "x/3", "y/1", "y/4", "z/2"])
+        assert sorted(opened.names) == (
+            sorted(images.names) if paths else ["x/0", "x/3", "y/1", "y/4", "z/2"]
+        )
         expected = dict(zip(images.names, images.labels.tolist(), strict=True))
         if paths:
-            assert {name: label for name, label in zip(opened.names, opened.labels.tolist(), strict=True)} == expected
+            assert {
+                name: label for name, label in zip(opened.names, opened.labels.tolist(), strict=True)
+            } == expected
 
 
 def test_parquet_rows_without_image_or_label_are_skipped(tmp_path: Path) -> None:
     rows = {
-        "image": [{"bytes": png(1), "path": None}, {"bytes": None, "path": None}, {"bytes": png(2), "path": None}],
+        "image": [
+            {"bytes": png(1), "path": None},
+            {"bytes": None, "path": None},
+            {"bytes": png(2), "path": None},
+        ],
         "label": [0, 0, None],
     }
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
@@ -147,14 +165,18 @@ def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
         asked.append((name, split))
         if name == "nobody/nothing":
             raise ConnectionError("no network")
-        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+        features = datasets.Features(
+            {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+        )
         return datasets.Dataset.from_dict(rows_of(blobs(4), paths=False), features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     images = open_images("someone/pictures", split="test")
     assert asked == [("someone/pictures", "test")]
     assert (len(images), images.class_names) == (4, ("a", "b", "c"))
-    with pytest.raises(InputError, match=r"'nobody/nothing' \(split 'train'\) could not be loaded: no network"):
+    with pytest.raises(
+        InputError, match=r"'nobody/nothing' \(split 'train'\) could not be loaded: no network"
+    ):
         open_images("nobody/nothing")
 
 
@@ -162,7 +184,10 @@ def test_the_order_depends_on_contents_alone(tmp_path: Path, make_folder: Make) 
     images = blobs(12)
     folder = make_folder(images)
     first = open_images(folder)
-    rows = [(f"{name}.png", images.class_names[label]) for name, label in zip(images.names, images.labels.tolist(), strict=True)]
+    rows = [
+        (f"{name}.png", images.class_names[label])
+        for name, label in zip(images.names, images.labels.tolist(), strict=True)
+    ]
     for order in (rows, rows[::-1]):
         lines = ["path,label", *(f"{file},{label}" for file, label in order)]
         (folder / "images.csv").write_text("\n".join(lines))
@@ -183,7 +208,9 @@ def test_mixed_sizes_are_seen_at_one_size(tmp_path: Path) -> None:
     assert open_images(tmp_path, size=32).size == (32, 32)
 
 
-def test_larger_than_memory_goes_to_a_file(tmp_path: Path, make_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_than_memory_goes_to_a_file(
+    tmp_path: Path, make_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_folder(blobs(6))
     expected = open_images(folder)
 
@@ -221,7 +248,19 @@ def test_bad_files_beside_good_ones(tmp_path: Path) -> None:
     assert all(path.exists() for path in good)
     reasons = {skip.file: skip.reason for skip in images.skipped}
     assert reasons.keys() == {
-        *(f"a/{name}" for name in ("truncated.png", "empty.jpg", "words.png", "notes.txt", "loop", "self.png", "gone.png", "pipe.png")),
+        *(
+            f"a/{name}"
+            for name in (
+                "truncated.png",
+                "empty.jpg",
+                "words.png",
+                "notes.txt",
+                "loop",
+                "self.png",
+                "gone.png",
+                "pipe.png",
+            )
+        ),
         "loose.png",
     }
     assert reasons["a/loop"] == "a symbolic link that loops: it leads back to a folder above it"
@@ -234,15 +273,30 @@ def test_bad_files_beside_good_ones(tmp_path: Path) -> None:
 
 MESSAGES = {
     "absent": (lambda folder: folder / "absent.csv", "There is no file or folder"),
-    "empty folder": (lambda folder: folder, "has no class folders with images in them. Expected .*CLASS/image.png"),
-    "loose images": (lambda folder: put(folder / "x.png", png(1)).parent, "It has 1 loose images, of which nobody knows"),
+    "empty folder": (
+        lambda folder: folder,
+        "has no class folders with images in them. Expected .*CLASS/image.png",
+    ),
+    "loose images": (
+        lambda folder: put(folder / "x.png", png(1)).parent,
+        "It has 1 loose images, of which nobody knows",
+    ),
     "text": (lambda folder: put(folder / "x.txt", b"x"), "is a file of a kind that holds no image set"),
-    "no columns": (lambda folder: put(folder / "x.csv", b"name,kind\na,b\n"), "has the columns name, kind; expected one of path"),
+    "no columns": (
+        lambda folder: put(folder / "x.csv", b"name,kind\na,b\n"),
+        "has the columns name, kind; expected one of path",
+    ),
     "latin": (lambda folder: put(folder / "x.csv", b"path,label\n\xff\xfe,b\n"), "as UTF-8 text"),
     "no rows": (lambda folder: put(folder / "x.csv", b"path,label\n"), "There is no image in"),
     "broken parquet": (lambda folder: put(folder / "x.parquet", b"PAR1nonsense"), "as Parquet"),
-    "nothing usable": (lambda folder: put(folder / "a/x.png", b"no").parent.parent, "None of the 1 files .* a/x.png: not an image"),
-    "broken manifest": (lambda folder: put(folder / "manifest.jsonl", b'{"a": 1}\n').parent, "manifest.jsonl is damaged"),
+    "nothing usable": (
+        lambda folder: put(folder / "a/x.png", b"no").parent.parent,
+        "None of the 1 files .* a/x.png: not an image",
+    ),
+    "broken manifest": (
+        lambda folder: put(folder / "manifest.jsonl", b'{"a": 1}\n').parent,
+        "manifest.jsonl is damaged",
+    ),
 }
 
 
@@ -264,7 +318,9 @@ def test_names_keep_the_suffix_only_where_they_would_clash() -> None:
 
 
 def test_align_counts_labels_in_another_list() -> None:
-    images = ImageSet.from_arrays(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), class_names=["b", "a"])
+    images = ImageSet.from_arrays(
+        torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), class_names=["b", "a"]
+    )
     aligned = align(images, ["a", "b", "c"])
     assert (aligned.labels.tolist(), aligned.class_names) == ([1, 0], ("a", "b", "c"))
     with pytest.raises(InputError, match="classes that the others lack: a. Expected only b"):

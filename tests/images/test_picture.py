@@ -148,7 +148,11 @@ def test_metadata_are_kept_without_location_and_thumbnails() -> None:
 
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_xmp_with_location_or_thumbnail_is_dropped(format: str) -> None:
-    for packet, kept in ((b"<x>title</x>", True), (b"<x>GPSLatitude</x>", False), (b"<x>xmp:Thumbnails</x>", False)):
+    for packet, kept in (
+        (b"<x>title</x>", True),
+        (b"<x>GPSLatitude</x>", False),
+        (b"<x>xmp:Thumbnails</x>", False),
+    ):
         data = file(RGB, "WEBP", xmp=packet)
         found = opened(encode(decode(data), format=format)).info
         assert (packet.decode() in str(found)) is kept
@@ -181,8 +185,8 @@ UNUSABLE = {
     "truncated jpeg": (file(RGB, "JPEG")[:-200], "damaged: image file is truncated"),
     "bomb": (header(30_000, 30_000), "too large to decode safely"),
     "larger than the limit": (header(9_500, 9_500), "too large to decode safely"),
-    "animated": (file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animated: 2 frames"),
-    "pages": (file(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "2 pages"),
+    "animated": (file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animated or of several pages: 2 frames"),
+    "pages": (file(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "2 frames, of which only one"),
     "float": (file(Image.fromarray(PIXELS[..., 0].astype(np.float32)), "TIFF"), "no defined white"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
 }
@@ -204,7 +208,9 @@ def test_a_bomb_is_refused_by_its_header() -> None:
 
 
 def test_jpeg_is_refused_with_its_reason() -> None:
-    with pytest.raises(UsageError, match="JPEG output is refused: its compression removes most of the protection"):
+    with pytest.raises(
+        UsageError, match="JPEG output is refused: its compression removes most of the protection"
+    ):
         encode(decode(KINDS["rgb"][0]), format="jpeg")
     with pytest.raises(UsageError, match="Unknown image format 'gif'; expected png or webp"):
         encode(decode(KINDS["rgb"][0]), format="gif")

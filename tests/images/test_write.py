@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import blobs
 
 from privet.errors import BudgetError, OutputError, UsageError
 from privet.files import sha256
 from privet.images import ImageSet, open_images, write_images
 from privet.images import write as module
-from tests.conftest import blobs
 
 Make = Callable[..., Path]
 
@@ -32,7 +32,11 @@ def shifted(images: ImageSet, by: int = 3, seed: int = 0) -> ImageSet:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("grey", [False, True])
@@ -109,12 +113,16 @@ def test_a_set_of_tensors_can_be_written(tmp_path: Path) -> None:
 
 def test_over_budget_is_not_written(tmp_path: Path) -> None:
     images = blobs(1)
-    with pytest.raises(BudgetError, match=r"0/0000 would differ by 3/255 from its original; the budget is 2/255"):
+    with pytest.raises(
+        BudgetError, match=r"0/0000 would differ by 3/255 from its original; the budget is 2/255"
+    ):
         write_images(images, shifted(images), tmp_path / "out", epsilon=2)
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_bytes_that_come_back_changed_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_come_back_changed_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lossy(picture: Any, **_: Any) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(picture.rgb).save(buffer, "JPEG", quality=95)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.conftest import blobs
+from tests.images.test_write import tree
 from torch import Tensor
 
 from privet.errors import BudgetError, InputError, OutputError, UsageError
@@ -21,9 +23,7 @@ from privet.learning import Runtime
 from privet.protection import EM, METHODS, REM, SEM, Job, Protection, RandomNoise
 from privet.protection import base as module
 from privet.protection.base import Perturb
-from privet.protection.publish import publish
-from tests.conftest import blobs
-from tests.images.test_write import tree
+from privet.protection.publication import publish
 
 Make = Callable[..., Path]
 
@@ -96,9 +96,7 @@ class TestEvery:
 
     def test_one_seed_is_one_result(self, method: Protection, runtime: Runtime) -> None:
         images = blobs(9)
-        first, second, other = (
-            method.protect(images, job(runtime, seed=seed)).pixels for seed in (0, 0, 1)
-        )
+        first, second, other = (method.protect(images, job(runtime, seed=seed)).pixels for seed in (0, 0, 1))
         assert torch.equal(first, second)
         assert not torch.equal(first, other)
 
@@ -115,11 +113,20 @@ class TestEvery:
     ) -> None:
         images = blobs(9)
         folder = make_folder(images)
-        rows = [f"{name}.png,{images.class_names[int(label)]}" for name, label in zip(images.names, images.labels, strict=True)]
+        rows = [
+            f"{name}.png,{images.class_names[int(label)]}"
+            for name, label in zip(images.names, images.labels, strict=True)
+        ]
         results = []
         for number, order in enumerate((rows, rows[::-1])):
             (folder / "t.csv").write_text("\n".join(["path,label", *order]))
-            publish(open_images(folder / "t.csv", workers=1 + number), method, tmp_path / str(number), runtime=runtime, workers=1 + number)
+            publish(
+                open_images(folder / "t.csv", workers=1 + number),
+                method,
+                tmp_path / str(number),
+                runtime=runtime,
+                workers=1 + number,
+            )
             results.append(tree(tmp_path / str(number)))
         assert results[0] == results[1]
 
@@ -141,7 +148,9 @@ class TestEvery:
                     raise KeyboardInterrupt
 
             try:
-                publish(images, method, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop)
+                publish(
+                    images, method, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop
+                )
                 break
             except KeyboardInterrupt:
                 stop_after += 1
@@ -194,7 +203,10 @@ class TestThoseWithASurrogate:
         self, method: Protection, runtime: Runtime, tmp_path: Path
     ) -> None:
         publish(blobs(9), method, tmp_path / "first", runtime=runtime)
-        with pytest.raises(InputError, match=r"was trained on the classes \['0', '1', '2'\], but these images have \['0', '1'\]"):
+        with pytest.raises(
+            InputError,
+            match=r"was trained on the classes \['0', '1', '2'\], but these images have \['0', '1'\]",
+        ):
             publish(
                 blobs(6, classes=2),
                 method,
@@ -203,7 +215,9 @@ class TestThoseWithASurrogate:
                 surrogate=tmp_path / "first/surrogate.safetensors",
             )
 
-    def test_a_broken_surrogate_is_one_error(self, method: Protection, runtime: Runtime, tmp_path: Path) -> None:
+    def test_a_broken_surrogate_is_one_error(
+        self, method: Protection, runtime: Runtime, tmp_path: Path
+    ) -> None:
         (tmp_path / "x.safetensors").write_bytes(b"not weights")
         with pytest.raises(InputError, match="is not a whole safetensors file"):
             publish(blobs(6), method, tmp_path / "out", runtime=runtime, surrogate=tmp_path / "x.safetensors")
@@ -253,7 +267,9 @@ def test_bytes_that_are_tampered_with_are_found(runtime: Runtime, tmp_path: Path
 
 @pytest.mark.parametrize("epsilon", [0, 128, 2.5])
 def test_an_impossible_budget_is_refused(epsilon: float) -> None:
-    with pytest.raises(UsageError, match=r"Expected epsilon as a whole number from 1 to 127 \(in 1/255\), got"):
+    with pytest.raises(
+        UsageError, match=r"Expected epsilon as a whole number from 1 to 127 \(in 1/255\), got"
+    ):
         RandomNoise(epsilon=epsilon)  # type: ignore[arg-type]
 
 
@@ -300,7 +316,9 @@ def test_noise_of_each_image_is_its_own(runtime: Runtime) -> None:
 
 
 def test_random_noise_uses_the_whole_budget(runtime: Runtime) -> None:
-    images = ImageSet.from_arrays(torch.full((40, 3, 8, 8), 128, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    images = ImageSet.from_arrays(
+        torch.full((40, 3, 8, 8), 128, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64)
+    )
     change = difference(images, RandomNoise(epsilon=5).protect(images, job(runtime)))
     assert sorted(change.unique().tolist()) == [-5, 5]
     assert abs(float(change.float().mean())) < 0.2

@@ -140,7 +140,11 @@ def test_the_loss_falls(runtime: Runtime) -> None:
     )
     assert float(noise.abs().max()) <= epsilon * (1 + 1e-6)
     for views in (None, FlipCrop(2).draw(8, (16, 16), random)):
-        before, after = (x, (x + noise).clamp(0, 1)) if views is None else (views.apply(x), views.apply((x + noise).clamp(0, 1)))
+        before, after = (
+            (x, (x + noise).clamp(0, 1))
+            if views is None
+            else (views.apply(x), views.apply((x + noise).clamp(0, 1)))
+        )
         assert F.cross_entropy(model(after), labels) < F.cross_entropy(model(before), labels)
 
 

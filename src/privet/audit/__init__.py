@@ -2,7 +2,7 @@
 
 from privet.audit.flags import Facts, Flag
 from privet.audit.run import Audit, run_audit
-from privet.audit.store import Cell, Plan, RunStore
+from privet.audit.store import Cell, Plan, RunStore, plan
 from privet.audit.verdict import Grade, Verdict
 
-__all__ = ["Audit", "Cell", "Facts", "Flag", "Grade", "Plan", "RunStore", "Verdict", "run_audit"]
+__all__ = ["Audit", "Cell", "Facts", "Flag", "Grade", "Plan", "RunStore", "Verdict", "plan", "run_audit"]

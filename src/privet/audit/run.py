@@ -24,7 +24,7 @@ from privet.learning import Learner, Runtime, learn
 from privet.learning.runtime import describe_device, use_threads
 from privet.progress import Progress, silent
 from privet.protection import RandomNoise
-from privet.protection.publish import publish
+from privet.protection.publication import publish
 from privet.recovery import create_recovery
 
 CONTROL = "control"

@@ -23,6 +23,7 @@ app = App(
     name="privet",
     help="Decide who can learn from your images: protect them, and see what the protection is worth.",
     version=privet.__version__,
+    suppress_keyboard_interrupt=False,
     help_epilogue="Exit codes:\n\n" + "\n".join(f"- {code}: {words}" for code, words in EXIT_CODES.items()),
 )
 for verb in (protect, audit, learn, show, doctor):
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("PRIVET_DEBUG"):
             raise
         return _say(
-            f"privet failed in a way that it did not foresee ({type(error).__name__}: {error}). Set PRIVET_DEBUG=1 to see "
-            "where, and please report it.",
+            f"privet failed in a way that it did not foresee ({type(error).__name__}: {error}). Set PRIVET_DEBUG=1 "
+            "to see where, and please report it.",
             PrivetError.exit_code,
         )
 

@@ -49,9 +49,11 @@ def audit(
     out
         New folder for report.html, report.json, cells.jsonl and the control's files.
     preset
-        paper (three large networks, three seeds, 100 epochs; needs a GPU) or cpu. Default: paper where there is a GPU, else cpu.
+        paper (three large networks, three seeds, 103 epochs; needs a GPU) or cpu.
+        Default: paper where there is a GPU, else cpu.
     recoveries
-        What is tried against the protection, with commas between: none, jpeg-QUALITY, grayscale, adversarial-RADIUS (default none,jpeg-10,jpeg-50,jpeg-75,grayscale,adversarial-4).
+        What is tried against the protection, with commas between: none, jpeg-QUALITY, grayscale,
+        adversarial-RADIUS. Default: none,jpeg-10,jpeg-50,jpeg-75,grayscale,adversarial-4.
     architectures
         Networks of the learners, with commas between.
     seeds
@@ -73,10 +75,10 @@ def audit(
     """
     from privet.audit import Cell, run_audit
     from privet.audit.store import plan
-    from privet.learning import runtime
+    from privet.learning import Runtime
     from privet.report import write_report
 
-    here = runtime(device, precision)
+    here = Runtime.find(device, precision)
     on_gpu = here.device.type == "cuda"
     chosen = plan(
         preset or ("paper" if on_gpu else "cpu"),

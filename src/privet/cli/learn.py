@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from rich import print as say
@@ -50,7 +49,8 @@ def learn(
     out
         New folder for learner.safetensors and run.json (last and best accuracy, history, settings).
     architecture
-        resnet8, resnet10, resnet18, resnet18-imagenet, vgg11, densenet121, mobilenetv2, vit, cnn, ...; -wN behind it for another width; timm:NAME for one of timm's.
+        resnet8, resnet10, resnet18, resnet18-imagenet, vgg11, densenet121, mobilenetv2, vit, cnn, ...;
+        -wN behind it for another width; timm:NAME for one of timm's.
     epochs
         Passes over the images.
     batch_size
@@ -86,7 +86,7 @@ def learn(
     compile
         Use torch.compile; worth it for long runs on a GPU.
     """
-    from privet.learning import Learner, runtime, study
+    from privet.learning import Learner, Runtime, study
 
     learner = Learner(
         architecture=architecture,
@@ -106,7 +106,7 @@ def learn(
             test,
             learner,
             out,
-            runtime=runtime(device, precision),
+            runtime=Runtime.find(device, precision),
             seed=seed,
             size=size,
             split=split,
@@ -115,9 +115,9 @@ def learn(
             compile=compile,
             progress=listener,
         )
-    best = learned.best
+    best, last = learned.best, learned.history[-1]
     say(
-        f"{architecture}: {learned.accuracy:.1%} on clean images after the last epoch, {best.accuracy:.1%} at best (epoch "
-        f"{best.epoch}); {asdict(learned.history[-1])['train_accuracy']:.1%} on its own images. Written to {escape(str(out))}"
+        f"{architecture}: {last.accuracy:.1%} on clean images after the last epoch, {best.accuracy:.1%} at best "
+        f"(epoch {best.epoch}); {last.train_accuracy:.1%} on its own images. Written to {escape(str(out))}"
     )
     return OK

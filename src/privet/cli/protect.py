@@ -48,13 +48,15 @@ def protect(
     method
         em, sem, rem, or random (the control, which does not protect).
     preset
-        paper (the published settings; needs a GPU) or cpu (small and short). Default: paper where there is a GPU, else cpu.
+        paper (the published settings; needs a GPU) or cpu (small and short).
+        Default: paper where there is a GPU, else cpu.
     epsilon
         Budget: no channel of a pixel changes by more, in 1/255 (default 8).
     set
         Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
     size
-        Side in pixels at which the surrogate sees the images (default: their own if all are alike and at most 224, else 224). Files keep their own size.
+        Side in pixels at which the surrogate sees the images (default: their own if all are alike and at
+        most 224, else 224). Files keep their own size.
     split
         Split of a hub data set or of a folder of Parquet files.
     limit
@@ -78,15 +80,15 @@ def protect(
     """
     from privet.images import open_images
     from privet.images.picture import check_format
-    from privet.learning import runtime
+    from privet.learning import Runtime
     from privet.protection import METHODS
-    from privet.protection.publish import publish
+    from privet.protection.publication import publish
 
     if format != "parquet":
         check_format(format)
     if method not in METHODS:
         raise UsageError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
-    here = runtime(device, precision)
+    here = Runtime.find(device, precision)
     kind = METHODS[method]
     settings = parse_settings(kind, set or [])
     if epsilon is not None:
@@ -154,6 +156,9 @@ def parse_settings(kind: type[Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def _convert(kind: str, value: str) -> Any:
+    kind, _, optional = kind.partition(" | ")
+    if optional and value.lower() == "none":
+        return None
     if kind == "bool":
         if value.lower() not in ("true", "false", "yes", "no", "1", "0"):
             raise ValueError(value)

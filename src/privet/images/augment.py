@@ -23,7 +23,7 @@ class Views(Protocol):
         """Return the views of `x`, (batch, channels, height, width), channels last in memory."""
 
     def adjoint(self, g: Tensor) -> Tensor:
-        """Return the adjoint of `apply`: the sum of apply(x) * g is that of x * adjoint(g)."""
+        """Carry a gradient with respect to the views back to the images, as autograd would."""
 
 
 class Augmentation(Protocol):

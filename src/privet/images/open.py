@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from privet.errors import InputError
+from privet.errors import InputError, UsageError
 from privet.files import sha256
 from privet.images.image_set import ImageSet, SourceFile
 from privet.images.picture import PictureError, decode, measure
@@ -22,6 +22,7 @@ from privet.progress import Progress, silent
 
 # Images of one size up to this side keep it; anything else is seen at this size by networks.
 LARGEST_SIDE = 224
+SMALLEST_SIDE = 4
 
 
 def open_images(
@@ -105,7 +106,7 @@ def align(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
         InputError: the images have a class that is not in the list.
     """
     lookup = {name: index for index, name in enumerate(class_names)}
-    used = {images.class_names[label] for label in images.labels.unique().tolist()}
+    used = {images.class_names[label] for label in torch.unique(images.labels).tolist()}
     if unknown := sorted(used - set(lookup)):
         raise InputError(
             f"These images have classes that the others lack: {', '.join(unknown[:5])}. "
@@ -163,7 +164,10 @@ def resized(rgb: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]
 
 def _working_size(sizes: list[tuple[int, int]], size: int | tuple[int, int] | None) -> tuple[int, int]:
     if size is not None:
-        return (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < SMALLEST_SIDE:
+            raise UsageError(f"Expected a size of at least {SMALLEST_SIDE} pixels, got {min(height, width)}.")
+        return height, width
     if len(set(sizes)) == 1 and max(sizes[0]) <= LARGEST_SIDE:
         return sizes[0]
     return LARGEST_SIDE, LARGEST_SIDE
@@ -175,4 +179,4 @@ def _allocate(count: int, shape: tuple[int, int], workspace: Path | None) -> NDA
     if workspace is None or np.prod(full) < psutil.virtual_memory().available / 2:
         return np.empty(full, np.uint8)
     workspace.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(workspace / "pixels.npy", "w+", np.uint8, full)  # type: ignore[no-untyped-call, no-any-return]
+    return np.lib.format.open_memmap(workspace / "pixels.npy", "w+", np.uint8, full)

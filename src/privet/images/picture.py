@@ -124,16 +124,16 @@ def decode(data: bytes) -> Picture:
     """
     with _open(data) as image:
         notes = []
-        if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "TIFF", "ICO"):
-            raise PictureError(f"animated: {image.n_frames} frames, of which only one could be protected")
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            raise PictureError(f"{image.n_frames} pages, of which only one could be protected")
-        if image.format == "MPO":
-            notes.append("the first picture of several was kept")
         try:
-            image.load()
+            frames = int(getattr(image, "n_frames", 1))
+            if frames == 1 or image.format in ("MPO", "ICO"):
+                image.load()
         except Exception as error:
             raise PictureError(f"damaged: {_words(error)}") from error
+        if frames > 1 and image.format in ("MPO", "ICO"):
+            notes.append(f"the first of {frames} pictures was kept")
+        elif frames > 1:
+            raise PictureError(f"animated or of several pages: {frames} frames, of which only one could be protected")
         metadata = _metadata(image, notes)
         if image.format == "PNG" and _png_depth(data) == 16 and image.mode in ("RGB", "RGBA"):
             notes.append("16-bit colour reduced to 8 bits")

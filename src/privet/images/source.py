@@ -317,8 +317,8 @@ def _hub(name: str, split: str) -> Source:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:
         raise InputError(
-            f"There is no file or folder {name}, and the hub's data set {name!r} (split {split!r}) could not be loaded: "
-            f"{' '.join(str(error).split())}"
+            f"There is no file or folder {name}, and the hub's data set {name!r} (split {split!r}) could not be "
+            f"loaded: {' '.join(str(error).split())}"
         ) from error
     return _rows_of(table, name)
 
@@ -365,8 +365,9 @@ def _file_names(table: Any, image: str, labels: list[Any], class_names: tuple[st
     paths = [
         row.get("path") if isinstance(row, dict) else None for row in _column_without_bytes(table, image)
     ]
-    if all(path and _safe(path) for path in paths) and len({p.casefold() for p in paths}) == len(paths):
-        return [PurePosixPath(path).as_posix() for path in paths]
+    safe = [path for path in paths if path and _safe(path)]
+    if len(safe) == len(paths) == len({path.casefold() for path in safe}):
+        return [PurePosixPath(path).as_posix() for path in safe]
     width = len(str(len(labels)))
     names = [
         name if _safe(name) and "/" not in name else f"class-{index}"

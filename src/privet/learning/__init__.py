@@ -2,8 +2,8 @@
 
 from privet.learning.attack import frozen, input_gradient, pgd, uniform
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
-from privet.learning.runtime import Runtime, runtime
-from privet.learning.study import study
+from privet.learning.runtime import Runtime
+from privet.learning.files import study
 from privet.learning.train import (
     Epoch,
     Learned,
@@ -27,7 +27,6 @@ __all__ = [
     "load_checkpoint",
     "make_optimizer",
     "pgd",
-    "runtime",
     "save_checkpoint",
     "schedule",
     "study",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,34 @@ class Runtime:
     precision: str = "bf16"
     rank: int = 0
     world: int = 1
+
+    @classmethod
+    def find(cls, device: str = "auto", precision: str = "bf16") -> Self:
+        """Find out where this process runs, started alone or by `accelerate launch`.
+
+        Args:
+            device: "auto" (a GPU if there is one), "cpu" or "cuda".
+            precision: "bf16" or "float32".
+
+        Raises:
+            UsageError: an unknown device or precision, or no GPU where one was asked for.
+        """
+        from accelerate import PartialState
+
+        if precision not in PRECISIONS:
+            raise UsageError(f"Unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+        if device not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"Unknown device {device!r}; expected auto, cpu or cuda.")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("Asked for a CUDA device, but torch sees none; 'privet doctor' says more.")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        state = PartialState(cpu=device == "cpu")
+        # The same run must give the same bytes; cuDNN's fastest kernels add in no fixed order.
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        place = state.device if device == "cuda" else torch.device("cpu")
+        return cls(device=place, precision=precision, rank=state.process_index, world=state.num_processes)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks run."""
@@ -57,34 +85,6 @@ class Runtime:
         if self.world > 1:
             torch.distributed.all_reduce(value)
         return value
-
-
-def runtime(device: str = "auto", precision: str = "bf16") -> Runtime:
-    """Find out where this process runs, started alone or by `accelerate launch`.
-
-    Args:
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        precision: "bf16" or "float32".
-
-    Raises:
-        UsageError: an unknown device or precision, or no GPU where one was asked for.
-    """
-    from accelerate import PartialState
-
-    if precision not in PRECISIONS:
-        raise UsageError(f"Unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"Unknown device {device!r}; expected auto, cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("Asked for a CUDA device, but torch sees none; 'privet doctor' says more.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = PartialState(cpu=device == "cpu")
-    # The same run must give the same bytes; cuDNN's fastest kernels add in no fixed order.
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    place = state.device if device == "cuda" else torch.device("cpu")
-    return Runtime(device=place, precision=precision, rank=state.process_index, world=state.num_processes)
 
 
 def describe_device(device: torch.device, threads: int) -> str:

@@ -23,7 +23,7 @@ from privet.protection.surrogate import FILE as SURROGATE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class Publication:
     """A protected image set on disk.
 
     Attributes:
@@ -51,7 +51,7 @@ def publish(
     workers: int = 4,
     checkpoint_seconds: float = 20.0,
     progress: Progress = silent,
-) -> Published:
+) -> Publication:
     """Protect `images` with `method` and write them to `out`.
 
     The folder gets the images under their old names, manifest.jsonl (what happened to each),
@@ -85,7 +85,7 @@ def publish(
         },
     }
     if claim(out, run) and (written := _intact(out)):
-        return Published(out=out, written=written, run=run)
+        return Publication(out=out, written=written, run=run)
     workspace = out / WORKSPACE
     job = Job(
         runtime=runtime,
@@ -97,7 +97,7 @@ def publish(
     )
     changed = method.protect(images, job)
     if runtime.rank > 0:
-        return Published(out=out, written=Written(records=()), run=run)
+        return Publication(out=out, written=Written(records=()), run=run)
     written = write_images(
         images,
         changed,
@@ -112,7 +112,7 @@ def publish(
     if (workspace / SURROGATE).exists():
         write_bytes(out / SURROGATE, (workspace / SURROGATE).read_bytes())
     finish(out, run, job.facts)
-    return Published(out=out, written=written, run={**run, "facts": job.facts})
+    return Publication(out=out, written=written, run={**run, "facts": job.facts})
 
 
 def _intact(out: Path) -> Written | None:

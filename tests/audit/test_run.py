@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.conftest import blobs
+from tests.images.test_write import shifted, tree
+
+from privet.audit import Cell, Plan, RunStore, run_audit
+from privet.errors import InputError, OutputError
+from privet.images import open_images, pair, write_images
+from privet.learning import Learner, Runtime
+from privet.protection import EM
+from privet.protection.publication import publish
+from privet.report import write_report
+
+Make = Callable[..., Path]
+
+PLAN = Plan(
+    recoveries=("none", "jpeg-50", "adversarial-2"),
+    architectures=("cnn-w4", "resnet8-w4"),
+    seeds=(0, 1),
+    learner=Learner(epochs=2, batch_size=16, attack_steps=2),
+)
+
+
+@pytest.fixture
+def sets(make_folder: Make, runtime: Runtime, tmp_path: Path) -> tuple[Path, Path, Path]:
+    clean, test = make_folder(blobs(48), "clean"), make_folder(blobs(30, seed=1), "test")
+    method = EM(surrogate="cnn-w4", train_steps=3, noise_steps=2, batch_size=16, max_rounds=2)
+    publish(open_images(clean), method, tmp_path / "protected", runtime=runtime)
+    return clean, tmp_path / "protected", test
+
+
+def test_every_cell_is_run_on_files_and_kept(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, protected, test = sets
+    told = []
+    audit = run_audit(
+        clean,
+        protected,
+        test=test,
+        out=tmp_path / "out",
+        plan=PLAN,
+        runtime=runtime,
+        finished=lambda cell, result, done, total: told.append((done, total)),
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out/cells.jsonl").read_text().splitlines()]
+    assert {Cell(**line["cell"]) for line in lines} == set(PLAN.cells()) == set(audit.results)
+    assert told == [(number, 36) for number in range(1, 37)]
+    assert all(len(line["result"]["history"]) == 2 for line in lines)
+    assert audit.material.facts.linf == 3
+    assert audit.material.facts.paired == 48
+    protection = audit.material.facts.protection
+    assert protection is not None and protection["method"] == "em"
+    original, control = pair(audit.material.clean, open_images(tmp_path / "out/control"))
+    change = (control.pixels.short() - original.pixels.short()).abs()
+    assert int(change.max()) == 3
+    assert (tmp_path / "out/run.json").exists() and not (tmp_path / "out/.privet").exists()
+
+
+def test_results_do_not_depend_on_workers_or_interruptions(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, protected, test = sets
+    plan = replace(PLAN, recoveries=("none", "jpeg-50"), seeds=(0,))
+
+    def run(name: str, workers: int = 1, stop_after: int | None = None) -> dict[str, bytes]:
+        cells = 0
+
+        def stop(*_: object) -> None:
+            nonlocal cells
+            cells += 1
+            if cells == stop_after:
+                raise KeyboardInterrupt
+
+        out = tmp_path / name
+        audit = run_audit(
+            clean, protected, test=test, out=out, plan=plan, runtime=runtime, workers=workers, finished=stop
+        )
+        write_report(audit, out)
+        return {file: data for file, data in tree(out).items() if file != "cells.jsonl"}  # it holds seconds
+
+    whole = run("whole")
+    assert "report.json" in whole and "report.html" in whole
+    assert run("two", workers=2) == whole
+    for stop_after in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            run("parts", stop_after=stop_after)
+    assert run("parts") == whole
+    cells = (tmp_path / "parts/cells.jsonl").read_bytes()
+    assert run("parts") == whole  # finished: nothing is trained again
+    assert (tmp_path / "parts/cells.jsonl").read_bytes() == cells
+
+
+def test_sets_that_do_not_belong_together(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path, make_folder: Make
+) -> None:
+    clean, protected, test = sets
+
+    def run(*sources: Path, out: str = "out") -> None:
+        run_audit(sources[0], sources[1], test=sources[2], out=tmp_path / out, plan=PLAN, runtime=runtime)
+
+    with pytest.raises(
+        InputError, match="The protected images equal the clean ones: there is nothing to audit"
+    ):
+        run(clean, clean, test, out="a")
+    with pytest.raises(InputError, match="No image of the two sets has the same name"):
+        run(clean, make_folder(replace(blobs(3), names=("0/x", "1/y", "2/z")), "other"), test, out="b")
+    with pytest.raises(InputError, match="have classes that the others lack: 3"):
+        run(clean, protected, make_folder(blobs(8, classes=4), "more"), out="c")
+    swapped = replace(blobs(48), labels=(blobs(48).labels + 1) % 3)
+    write_images(swapped, shifted(swapped), tmp_path / "swapped")
+    with pytest.raises(InputError, match="48 images have another class in one set than in the other"):
+        run(clean, tmp_path / "swapped", test, out="d")
+
+
+def test_another_audit_s_folder_is_left_alone(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, protected, test = sets
+    plan = replace(PLAN, recoveries=("none",), seeds=(0,), architectures=("cnn-w4",))
+    run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
+    with pytest.raises(OutputError, match="holds a finished run with another plan"):
+        run_audit(
+            clean, protected, test=test, out=tmp_path / "out", plan=replace(plan, seeds=(1,)), runtime=runtime
+        )
+
+
+def test_overlap_of_test_and_training_images_is_found(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, protected, _ = sets
+    plan = replace(PLAN, recoveries=("none",), seeds=(0,), architectures=("cnn-w4",))
+    audit = run_audit(clean, protected, test=clean, out=tmp_path / "out", plan=plan, runtime=runtime)
+    assert audit.material.facts.overlap == 48
+    assert audit.verdict.grade == "inconclusive"
+
+
+def test_a_torn_last_line_is_run_again(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "cells.jsonl")
+    cells = PLAN.cells()[:2]
+    for cell in cells:
+        store.add(cell, {"last": 0.5}, seconds=1.0)
+    whole = (tmp_path / "cells.jsonl").read_bytes()
+    (tmp_path / "cells.jsonl").write_bytes(whole[:-5])
+    again = RunStore(tmp_path / "cells.jsonl")
+    assert list(again.results) == cells[:1]
+    again.add(cells[1], {"last": 0.5}, seconds=1.0)
+    assert (tmp_path / "cells.jsonl").read_bytes() == whole
+
+
+def test_a_damaged_store_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "cells.jsonl").write_text('{"cell": {"colour": 1}}\n')
+    with pytest.raises(OutputError, match=r"cells.jsonl is damaged: .* Delete it to run its cells again"):
+        RunStore(tmp_path / "cells.jsonl")

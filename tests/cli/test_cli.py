@@ -1,0 +1,242 @@
+"""The command line as its users meet it: exit codes, messages, and never a stack trace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tests.conftest import blobs
+from tests.images.test_write import tree
+
+import privet
+from privet.cli import main
+from privet.cli.protect import parse_settings
+from privet.errors import EXIT_CODES, UsageError
+from privet.images import open_images
+from privet.protection import EM, SEM
+
+Make = Callable[..., Path]
+QUICK = [
+    *("--method", "em", "--preset", "cpu", "--device", "cpu", "--precision", "float32"),
+    *(
+        "--set",
+        "surrogate=cnn-w4",
+        "--set",
+        "max_rounds=2",
+        "--set",
+        "train-steps=2",
+        "--set",
+        "noise_steps=2",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+def test_protect_learn_audit_show(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean, test = make_folder(blobs(40), "clean"), make_folder(blobs(24, seed=1), "test")
+    protected, learner, report = tmp_path / "protected", tmp_path / "learner", tmp_path / "audit"
+    assert main(["protect", str(clean), "--out", str(protected), *QUICK]) == 0
+    assert "40 images protected with em and written to" in capsys.readouterr().out
+    assert json.loads((protected / "run.json").read_text())["settings"]["max_rounds"] == 2
+
+    options = ["--epochs", "2", "--device", "cpu", "--no-flip"]
+    assert (
+        main(
+            [
+                "learn",
+                str(protected),
+                "--test",
+                str(test),
+                "--out",
+                str(learner),
+                "--architecture",
+                "cnn-w4",
+                *options,
+            ]
+        )
+        == 0
+    )
+    assert "on clean images after the last epoch" in capsys.readouterr().out
+    assert (learner / "learner.safetensors").exists()
+
+    options += ["--recoveries", "none,jpeg-10", "--architectures", "cnn-w4,vgg11-w4", "--seeds", "1"]
+    assert (
+        main(["audit", str(clean), str(protected), "--test", str(test), "--out", str(report), *options]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "[12/12]" in out and f"Report: {report / 'report.html'}" in out
+    assert "Doubt (one-seed)" in out
+
+    assert main(["show", str(clean), str(protected), "--out", str(tmp_path / "s.png"), "--count", "3"]) == 0
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.size == (32 * 12, 32 * 12)
+
+
+def test_skipped_files_are_told_and_give_exit_code_4(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = make_folder(blobs(10))
+    (clean / "0/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    assert main(["protect", str(clean), "--out", str(tmp_path / "out"), *QUICK]) == 4
+    out = capsys.readouterr().out
+    assert "1 skipped:\n  0/broken.png: not an image of a kind that privet reads" in out
+    assert len(open_images(tmp_path / "out")) == 10
+
+
+ERRORS: dict[str, tuple[list[str], int, str]] = {
+    "no command": (["fly"], 2, "fly"),
+    "no source": (["protect", "--out", "{out}"], 2, "SOURCE"),
+    "absent source": (["protect", "{tmp}/absent", "--out", "{out}"], 3, "There is no file or folder"),
+    "empty source": (["protect", "{tmp}/empty", "--out", "{out}"], 3, "has no class folders"),
+    "unknown method": (
+        ["protect", "{clean}", "--out", "{out}", "--method", "em2"],
+        2,
+        "Unknown method 'em2'; expected one of em, sem, rem, random",
+    ),
+    "unknown preset": (
+        ["protect", "{clean}", "--out", "{out}", "--preset", "fast"],
+        2,
+        "Unknown preset 'fast'; sem has paper, cpu",
+    ),
+    "jpeg": (["protect", "{clean}", "--out", "{out}", "--format", "jpeg"], 2, "JPEG output is refused"),
+    "unknown setting": (
+        ["protect", "{clean}", "--out", "{out}", "--set", "x=1"],
+        2,
+        "Expected --set NAME=VALUE with NAME one of epsilon, radius",
+    ),
+    "wrong type": (
+        ["protect", "{clean}", "--out", "{out}", "--set", "views=many"],
+        2,
+        "Expected views as int, got 'many'",
+    ),
+    "budget": (["protect", "{clean}", "--out", "{out}", "--epsilon", "0"], 2, "whole number from 1 to 127"),
+    "not a number": (["protect", "{clean}", "--out", "{out}", "--epsilon", "few"], 2, "epsilon"),
+    "inside": (["protect", "{clean}", "--out", "{clean}/out"], 7, "its images would be taken for originals"),
+    "occupied": (["protect", "{clean}", "--out", "{tmp}"], 7, "holds other files"),
+    "device": (["protect", "{clean}", "--out", "{out}", "--device", "tpu"], 2, "Unknown device 'tpu'"),
+    "size": (["protect", "{clean}", "--out", "{out}", "--size", "0"], 2, "Expected a size of at least 4"),
+    "surrogate": (
+        ["protect", "{clean}", "--out", "{out}", "--surrogate", "{tmp}/none"],
+        3,
+        "There is no weights file",
+    ),
+    "learn": (
+        ["learn", "{clean}", "--test", "{clean}", "--out", "{out}", "--architecture", "net"],
+        2,
+        "Unknown architecture 'net'",
+    ),
+    "audit": (
+        ["audit", "{clean}", "{clean}", "--test", "{clean}", "--out", "{out}", "--recoveries", "jpeg-10"],
+        2,
+        "needs the recovery 'none'",
+    ),
+    "audit of nothing": (
+        ["audit", "{clean}", "{clean}", "--test", "{clean}", "--out", "{out}"],
+        3,
+        "there is nothing to audit",
+    ),
+    "show": (["show", "{clean}", "{clean}", "--out", "{out}.jpg"], 2, "Expected a .png file to write"),
+    "show none": (["show", "{clean}", "{clean}", "--count", "0"], 2, "Expected a count of at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_message_and_a_stable_code(
+    case: str, tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = make_folder(blobs(6))
+    (tmp_path / "empty").mkdir()
+    places = {"tmp": tmp_path, "clean": clean, "out": tmp_path / "out"}
+    before = tree(clean)
+    arguments, code, message = ERRORS[case]
+    assert main([argument.format(**places) for argument in arguments]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err + shown.out
+    assert shown.err.startswith("privet: ")
+    assert tree(clean) == before
+    assert not list((tmp_path / "out").rglob("*.png"))
+    assert code in EXIT_CODES
+
+
+def test_unforeseen_errors_ask_for_a_report(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise LookupError("lost")
+
+    monkeypatch.setattr("privet.images.open_images", broken)
+    arguments = ["protect", str(make_folder(blobs(3))), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "did not foresee (LookupError: lost). Set PRIVET_DEBUG=1" in capsys.readouterr().err
+    monkeypatch.setenv("PRIVET_DEBUG", "1")
+    with pytest.raises(LookupError):
+        main(arguments)
+
+
+def test_interruption_has_its_own_code(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("privet.images.open_images", interrupted)
+    assert main(["protect", str(make_folder(blobs(3))), "--out", str(tmp_path / "out")]) == 130
+    assert "The same command goes on where it stopped" in capsys.readouterr().err
+
+
+def test_full_disks_are_one_error(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["protect", str(make_folder(blobs(3))), "--out", str(tmp_path / "out"), *QUICK]) == 7
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["protect"], ["audit"], ["learn"], ["show"], ["doctor"]):
+        assert main([*arguments, "--help"]) == 0
+        assert "Usage: privet" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == privet.__version__
+
+
+def test_doctor_finds_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("python", f"{torch.__version__}", "memory", "disk", "privet[timm]"):
+        assert word in out
+
+
+def test_settings_are_read_by_their_types() -> None:
+    assert parse_settings(EM, ["mode=class", "step-size=0.4", "max_rounds = 3", "flip=no"]) == {
+        "mode": "class",
+        "step_size": 0.4,
+        "max_rounds": 3,
+        "flip": False,
+    }
+    assert parse_settings(SEM, ["train_views=2", "warm_start=true"]) == {"train_views": 2, "warm_start": True}
+    assert parse_settings(SEM, ["train_views=none"]) == {"train_views": None}
+    for wrong in ("views", "=3", "flip=perhaps", "views=1.5"):
+        with pytest.raises(UsageError):
+            parse_settings(SEM, [wrong])
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, privet.cli; privet.cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

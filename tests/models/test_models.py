@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from privet.errors import InputError, MissingExtraError, UsageError
+from privet.models import (
+    ARCHITECTURES,
+    SavedModel,
+    create_model,
+    family,
+    load_backbone,
+    load_model,
+    save_model,
+)
+from privet.models.blocks import conv_bn
+
+SMALL = (
+    *("resnet8", "resnet10-w8", "resnet18-w8", "resnet50-w4", "resnet18-imagenet-w8"),
+    *("vgg11-w8", "vgg16-w4", "densenet22", "mobilenetv2-w8", "vit-w32", "cnn"),
+)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 24)])
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_for_each_image(name: str, size: tuple[int, int]) -> None:
+    model = create_model(name, classes=7, size=size)
+    x = torch.rand(3, 3, *size)
+    for network in (model.train(), model.eval()):
+        logits = network(x)
+        assert logits.shape == (3, 7)
+        assert bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_can_be_built(name: str) -> None:
+    assert (
+        sum(weight.numel() for weight in create_model(name, classes=10, size=(32, 32)).parameters()) > 50_000
+    )
+
+
+def test_published_sizes() -> None:
+    """Parameter counts that others give for these networks, with 10 classes at 32 px (1,000 at 224)."""
+
+    def count(name: str, classes: int = 10, size: tuple[int, int] = (32, 32)) -> int:
+        return sum(weight.numel() for weight in create_model(name, classes=classes, size=size).parameters())
+
+    assert count("resnet18") == 11_173_962
+    assert count("resnet18-imagenet", 1000, (224, 224)) == 11_689_512
+    assert count("resnet50-imagenet", 1000, (224, 224)) == 25_557_032
+    assert count("densenet121", 1000, (224, 224)) == 7_978_856
+    assert count("mobilenetv2", 1000, (224, 224)) == 3_504_872
+
+
+def unfolded(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
+    return bn(conv(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_folding_is_exact_to_rounding(bias: bool, groups: int) -> None:
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups, bias=bias).double()
+    bn = nn.BatchNorm2d(8).double()
+    x = torch.randn(5, 4, 9, 9, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        bn(conv(torch.randn_like(x) * 3 + 1))
+    nn.init.uniform_(bn.weight, -1, 2)
+    nn.init.uniform_(bn.bias, -1, 1)
+    torch.testing.assert_close(conv_bn(x, conv, bn), bn(conv(x)))  # training: statistics of the batch
+    bn.eval()
+    folded, plain = conv_bn(x, conv, bn), bn(conv(x))
+    torch.testing.assert_close(folded, plain)
+    g = torch.randn_like(plain)
+    for one, other in zip(
+        torch.autograd.grad((folded * g).sum(), [x, conv.weight, bn.weight]),
+        torch.autograd.grad((plain * g).sum(), [x, conv.weight, bn.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_seed_decides_the_weights_and_leaves_torch_s_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = create_model("resnet8", classes=2, size=(8, 8), seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    second, other = (create_model("resnet8", classes=2, size=(8, 8), seed=seed) for seed in (1, 2))
+    weights = [next(model.parameters()) for model in (first, second, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet8-w0", "resnet8-w", "", "timm", "resnet8 "])
+def test_unknown_names_are_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UsageError, match="Unknown architecture .* Known: resnet8, resnet10"):
+        create_model(name, classes=2, size=(8, 8))
+
+
+def test_families() -> None:
+    assert [family(name) for name in ("resnet18-imagenet", "resnet8-w16", "vgg11", "timm:convnext_tiny")] == [
+        "resnet",
+        "resnet",
+        "vgg",
+        "convnext",
+    ]
+
+
+def test_timm_is_asked_for_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        MissingExtraError, match=r"timm:tiny needs an optional package. .* pip install 'privet\[timm\]'"
+    ):
+        create_model("timm:tiny", classes=2, size=(8, 8))
+
+
+def test_timm_models_are_used_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with timm's interface: timm itself needs a torchvision that fits the torch build."""
+
+    class Tiny(nn.Module):
+        default_cfg = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 0.5)}
+
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.num_classes = num_classes
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))[:, :1].expand(-1, self.num_classes)
+
+    timm = types.ModuleType("timm")
+    timm.is_model = lambda name: name == "tiny"  # type: ignore[attr-defined]
+    timm.list_models = lambda pattern: ["tiny"]  # type: ignore[attr-defined]
+
+    def make(name: str, num_classes: int, img_size: object = None) -> Tiny:
+        if img_size is not None:
+            raise TypeError("img_size")
+        return Tiny(num_classes)
+
+    timm.create_model = make  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    model = create_model("timm:tiny", classes=4, size=(8, 8))
+    torch.testing.assert_close(model(torch.full((1, 3, 8, 8), 0.5)), torch.full((1, 4), 0.4))
+    with pytest.raises(UsageError, match="timm has no model 'huge'; it has tiny"):
+        create_model("timm:huge", classes=4, size=(8, 8))
+
+
+ABOUT = SavedModel(architecture="resnet8-w4", class_names=("a", "é"), size=(8, 8), notes={"seed": 3})
+
+
+def saved(path: Path) -> nn.Module:
+    model = create_model("resnet8-w4", classes=2, size=(8, 8), seed=9)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.running_mean, 0.3)  # type: ignore[arg-type]
+    save_model(path, model, ABOUT)
+    return model
+
+
+def test_saved_models_come_back(tmp_path: Path) -> None:
+    model = saved(tmp_path / "m.safetensors")
+    again, about = load_model(tmp_path / "m.safetensors")
+    assert about == ABOUT
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(again(x), model.eval()(x))
+
+
+def test_saving_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
+    assert len({(saved(tmp_path / str(n)), (tmp_path / str(n)).read_bytes())[1] for n in range(5)}) == 1
+
+
+@pytest.mark.parametrize("length", [0, 7, 200, -4])
+def test_truncated_weights_are_one_error(tmp_path: Path, length: int) -> None:
+    saved(tmp_path / "m.safetensors")
+    data = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(data[:length])
+    with pytest.raises(InputError, match="is not a whole safetensors file"):
+        load_model(tmp_path / "m.safetensors")
+
+
+def rewrite(path: Path, change: dict[str, object] | None = None, drop: str = "") -> None:
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != drop}  # noqa: SIM118
+        about = json.loads(file.metadata()["privet-model-1"])
+    about.update(change or {})
+    safetensors.torch.save_file(tensors, path, {"privet-model-1": json.dumps(about)})
+
+
+def test_weights_that_do_not_fit_are_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    saved(path)
+    rewrite(path, drop="fc.bias")
+    with pytest.raises(InputError, match="lacks 1 tensors of resnet8-w4: fc.bias"):
+        load_model(path)
+    saved(path)
+    rewrite(path, {"size": "large"})
+    with pytest.raises(InputError, match="has a broken description of its network"):
+        load_model(path)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="does not say of which network"):
+        load_model(path)
+    with pytest.raises(InputError, match="There is no weights file"):
+        load_model(tmp_path / "absent")
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    model = create_model("resnet8-w4", classes=2, size=(8, 8))
+    with torch.no_grad():
+        next(model.parameters())[0] = float("nan")
+    save_model(tmp_path / "m", model, ABOUT)
+    with pytest.raises(InputError, match="holds NaN or infinity in conv1.weight"):
+        load_model(tmp_path / "m")
+
+
+def test_fine_tuning_keeps_the_head_that_does_not_fit(tmp_path: Path) -> None:
+    source = create_model("resnet18-imagenet-w8", classes=1000, size=(64, 64), seed=1)
+    # a file with torchvision's names, as others publish them
+    tensors = {name.removeprefix("network."): value for name, value in source.state_dict().items()}
+    assert "layer2.0.downsample.0.weight" in tensors
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
+    model = create_model("resnet18-imagenet-w8", classes=5, size=(64, 64), seed=2)
+    assert load_backbone(tmp_path / "w.safetensors", model) == ["fc.weight", "fc.bias"]
+    state = model.state_dict()
+    assert torch.equal(state["network.layer4.1.conv2.weight"], tensors["layer4.1.conv2.weight"])
+    other = create_model("vgg11-w8", classes=5, size=(64, 64))
+    with pytest.raises(
+        InputError, match="does not fit this architecture: .* Expected weights of the same network"
+    ):
+        load_backbone(tmp_path / "w.safetensors", other)
