@@ -69,6 +69,13 @@ def test_adjoint_is_what_autograd_finds(augmentation: Augmentation) -> None:
     torch.testing.assert_close(views.adjoint(g), expected)
 
 
+@pytest.mark.parametrize("augmentation", [FlipCrop(2), ResizedCrop((6, 6))])
+def test_more_views_than_images_go_round(augmentation: Augmentation) -> None:
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    views = augmentation.draw(6, (6, 6), torch.Generator().manual_seed(1))
+    assert torch.equal(views.apply(x), views.apply(x.repeat(2, 1, 1, 1)))
+
+
 def test_resized_crop_of_everything_is_the_image() -> None:
     x = torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8)
     from privet.images.augment import _interpolation, _ResizedViews

@@ -185,8 +185,14 @@ UNUSABLE = {
     "truncated jpeg": (file(RGB, "JPEG")[:-200], "damaged: image file is truncated"),
     "bomb": (header(30_000, 30_000), "too large to decode safely"),
     "larger than the limit": (header(9_500, 9_500), "too large to decode safely"),
-    "animated": (file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animated or of several pages: 2 frames"),
-    "pages": (file(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "2 frames, of which only one"),
+    "animated": (
+        file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
+        "animated or of several pages: 2 frames",
+    ),
+    "pages": (
+        file(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]),
+        "2 frames, of which only one",
+    ),
     "float": (file(Image.fromarray(PIXELS[..., 0].astype(np.float32)), "TIFF"), "no defined white"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
 }

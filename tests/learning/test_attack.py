@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.learning import Runtime, frozen, input_gradient, pgd, uniform
+from privet.learning.runtime import use_threads
 from privet.models import create_model
 
 
@@ -66,13 +67,33 @@ def test_gradients_against_finite_differences(runtime: Runtime) -> None:
         assert float(gradient[place]) == pytest.approx(float(difference) / 2e-6, rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_gradients_do_not_depend_on_the_number_of_threads(precision: str) -> None:
+    here = Runtime(device=torch.device("cpu"), precision=precision)
+    model = here.place(create_model("resnet8-w8", classes=3, size=(16, 16))).eval()
+    x, labels = torch.rand(150, 3, 16, 16), torch.arange(150) % 3
+    found = []
+    for threads in (1, 2, 3):
+        with use_threads(threads):
+            found.append(input_gradient(model, x, labels, runtime=here))
+            assert torch.get_num_threads() == threads
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    # what stands beside an image in its batch changes its gradient by rounding at most
+    alone = input_gradient(model, x[70:71], labels[70:71], runtime=here)
+    tolerance = 1e-5 if precision == "float32" else 0.1
+    torch.testing.assert_close(
+        alone, found[0][70:71], rtol=tolerance, atol=tolerance * float(alone.abs().max())
+    )
+
+
 def test_uniform_fills_its_range() -> None:
     noise = uniform(torch.empty(50, 3, 20, 20), 0.25, torch.Generator().manual_seed(0))
     assert noise.shape == (50, 3, 20, 20)
-    assert -0.25 <= float(noise.min()) < -0.249
-    assert 0.249 < float(noise.max()) <= 0.25
+    assert float(noise.min()) == -0.25
+    assert float(noise.max()) == pytest.approx(0.25)
     assert abs(float(noise.mean())) < 0.01
     assert float(noise.std()) == pytest.approx(0.5 / 12**0.5, rel=0.01)
+    assert len(noise.unique()) == 256
 
 
 def test_frozen_gives_the_mode_back() -> None:

@@ -11,7 +11,7 @@ from privet.images import FlipCrop
 from privet.images.augment import _FlipCropViews
 from privet.learning import Runtime, uniform
 from privet.models import create_model
-from privet.protection.minimise import minimise, pack, unpack
+from privet.protection.minimise import Batch, minimise, pack, unpack
 
 
 class Recorded:
@@ -90,10 +90,8 @@ def test_one_folded_batch_is_one_image_and_view_at_a_time(architecture: str, dra
     remaining = iter(disturbances)
     got = minimise(
         model,
-        x,
-        labels,
+        Batch(x, labels, grey),
         start,
-        grey=grey,
         epsilon=epsilon,
         step_size=1.6 / 255,
         steps=steps,
@@ -126,10 +124,8 @@ def test_the_loss_falls(runtime: Runtime) -> None:
     epsilon = 8 / 255
     noise = minimise(
         model,
-        x,
-        labels,
+        Batch(x, labels, torch.zeros(8, dtype=torch.bool)),
         uniform(x, epsilon, random),
-        grey=torch.zeros(8, dtype=torch.bool),
         epsilon=epsilon,
         step_size=epsilon / 5,
         steps=10,
@@ -153,10 +149,8 @@ def test_the_start_is_left_alone(runtime: Runtime) -> None:
     start = torch.zeros(2, 3, 8, 8)
     minimise(
         model,
-        torch.rand(2, 3, 8, 8),
-        torch.tensor([0, 1]),
+        Batch(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool)),
         start,
-        grey=torch.zeros(2, dtype=torch.bool),
         epsilon=0.1,
         step_size=0.05,
         steps=2,

@@ -107,6 +107,7 @@ def run_audit(
         "protected": second.digest,
         "test": third.digest,
         "precision": runtime.precision,
+        "compile": runtime.compile,
         "device": describe_device(runtime.device, threads),
         "torch": torch.__version__,
     }

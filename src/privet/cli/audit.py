@@ -32,6 +32,7 @@ def audit(
     seed: int = 0,
     device: str = "auto",
     precision: str = "bf16",
+    compile: bool = False,
     workers: int | None = None,
 ) -> int:
     """Train learners on clean, randomly noised and protected files, and say whether the protection holds.
@@ -70,6 +71,8 @@ def audit(
         auto, cpu or cuda.
     precision
         bf16 or float32.
+    compile
+        Use torch.compile; worth it for long runs on a GPU.
     workers
         Learners trained at a time (default: the number of processors, or 1 on a GPU). Results do not depend on it.
     """
@@ -78,7 +81,7 @@ def audit(
     from privet.learning import Runtime
     from privet.report import write_report
 
-    here = Runtime.find(device, precision)
+    here = Runtime.find(device, precision, compile=compile)
     on_gpu = here.device.type == "cuda"
     chosen = plan(
         preset or ("paper" if on_gpu else "cpu"),

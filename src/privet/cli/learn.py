@@ -106,13 +106,12 @@ def learn(
             test,
             learner,
             out,
-            runtime=Runtime.find(device, precision),
+            runtime=Runtime.find(device, precision, compile=compile),
             seed=seed,
             size=size,
             split=split,
             test_split=test_split,
             limit=limit,
-            compile=compile,
             progress=listener,
         )
     best, last = learned.best, learned.history[-1]

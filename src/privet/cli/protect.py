@@ -33,6 +33,7 @@ def protect(
     keep_gps: Annotated[bool, Parameter(negative="")] = False,
     device: str = "auto",
     precision: str = "bf16",
+    compile: bool = False,
     workers: int = 4,
 ) -> int:
     """Add noise to images so that networks cannot usefully be trained on them.
@@ -75,6 +76,8 @@ def protect(
         auto, cpu or cuda.
     precision
         bf16 or float32.
+    compile
+        Use torch.compile; worth it for long runs on a GPU.
     workers
         Files decoded and encoded at a time.
     """
@@ -88,7 +91,7 @@ def protect(
         check_format(format)
     if method not in METHODS:
         raise UsageError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
-    here = Runtime.find(device, precision)
+    here = Runtime.find(device, precision, compile=compile)
     kind = METHODS[method]
     settings = parse_settings(kind, set or [])
     if epsilon is not None:

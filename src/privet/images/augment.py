@@ -20,7 +20,10 @@ class Views(Protocol):
     """One view of each image of a batch."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return the views of `x`, (batch, channels, height, width), channels last in memory."""
+        """Return the views of `x`, (images, channels, height, width), channels last in memory.
+
+        Where there are more views than images, the images are gone through again and again.
+        """
 
     def adjoint(self, g: Tensor) -> Tensor:
         """Carry a gradient with respect to the views back to the images, as autograd would."""
@@ -103,11 +106,11 @@ class _FlipCropViews:
 
     def _window(self, x: Tensor, top: Tensor, columns: Tensor) -> Tensor:
         """Read rows from `top` and these columns, (batch, width), of the zero-padded images."""
-        batch, channels, height, width = x.shape
-        pad = self.pad
+        images, channels, height, width = x.shape
+        batch, pad = len(top), self.pad
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
         rows = torch.arange(height, device=x.device) + top[:, None]
-        image = torch.arange(batch, device=x.device) * (height + 2 * pad)
+        image = torch.arange(batch, device=x.device) % max(1, images) * (height + 2 * pad)
         index = (image[:, None] + rows)[:, :, None] * (width + 2 * pad) + columns[:, None, :]
         pixels = padded.reshape(-1, channels).index_select(0, index.view(-1))
         return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -120,6 +123,7 @@ class _ResizedViews:
 
     def apply(self, x: Tensor) -> Tensor:
         rows, columns = self._matrices(x)
+        x = x.repeat(len(rows) // max(1, len(x)), 1, 1, 1)
         y = rows @ x.to(rows.dtype) @ columns.transpose(2, 3)
         if not x.is_floating_point():
             y = y.round().clamp(0, 255)

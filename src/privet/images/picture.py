@@ -133,7 +133,9 @@ def decode(data: bytes) -> Picture:
         if frames > 1 and image.format in ("MPO", "ICO"):
             notes.append(f"the first of {frames} pictures was kept")
         elif frames > 1:
-            raise PictureError(f"animated or of several pages: {frames} frames, of which only one could be protected")
+            raise PictureError(
+                f"animated or of several pages: {frames} frames, of which only one could be protected"
+            )
         metadata = _metadata(image, notes)
         if image.format == "PNG" and _png_depth(data) == 16 and image.mode in ("RGB", "RGBA"):
             notes.append("16-bit colour reduced to 8 bits")

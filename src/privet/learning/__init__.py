@@ -2,8 +2,8 @@
 
 from privet.learning.attack import frozen, input_gradient, pgd, uniform
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
-from privet.learning.runtime import Runtime
 from privet.learning.files import study
+from privet.learning.runtime import Runtime
 from privet.learning.train import (
     Epoch,
     Learned,

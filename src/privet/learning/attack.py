@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +14,38 @@ from torch import Tensor, nn
 
 from privet.learning.runtime import Runtime
 
+# On a processor, frozen passes take this many images at a time: more would leave its cache. Each
+# core takes its own pieces, which does more than all cores together on each operation. An image's
+# gradient does not depend on the images beside it.
+PIECE = 64
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return threads that compute with one core each."""
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(time.sleep, [0.01] * threads))  # start them all
+    torch.set_num_threads(threads)  # the initialiser has set a default for threads to come
+    return pool
+
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Put the network into evaluation mode for the block, as attacks and noise steps need it."""
+    """Put the network into evaluation mode for the block, and spare the gradients of its weights.
+
+    Attacks and noise steps need neither; a compiled network would compute the latter all the same.
+    """
     training = model.training
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
     model.eval()
+    for weight in learned:
+        weight.requires_grad_(False)
     try:
         yield model
     finally:
         model.train(training)
+        for weight in learned:
+            weight.requires_grad_(True)
 
 
 def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, *, runtime: Runtime) -> Tensor:
@@ -32,17 +57,31 @@ def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, *, runtime: Runt
         labels: (batch,).
         runtime: gives the precision of the pass; the gradient is float32.
     """
-    x = x.detach().requires_grad_()
-    with torch.enable_grad(), runtime.autocast():
-        loss = F.cross_entropy(model(x).float(), labels, reduction="sum")
-    return torch.autograd.grad(loss, x)[0]
+
+    def gradient(piece: Tensor, answers: Tensor) -> Tensor:
+        piece = piece.detach().requires_grad_()
+        with torch.enable_grad(), runtime.autocast():
+            loss = F.cross_entropy(model(piece).float(), answers, reduction="sum")
+        return torch.autograd.grad(loss, piece)[0]
+
+    if x.device.type != "cpu" or len(x) <= PIECE:
+        return gradient(x, labels)
+    pieces, threads = [torch.split(rows, PIECE) for rows in (x, labels)], torch.get_num_threads()
+    return torch.cat(list(map(gradient, *pieces) if threads == 1 else _pool(threads).map(gradient, *pieces)))
 
 
 def uniform(like: Tensor, radius: float, generator: torch.Generator) -> Tensor:
-    """Return uniform noise in [-radius, radius], of the shape and memory layout of `like`."""
+    """Return noise in [-radius, radius], uniform over 256 levels, shaped and laid out like `like`.
+
+    Eight levels are cut from each random number, which takes a fifth of the time of one number each.
+    """
     batch, channels, height, width = like.shape
-    noise = torch.rand(batch, height, width, channels, generator=generator, device=generator.device)
-    return noise.sub_(0.5).mul_(2 * radius).permute(0, 3, 1, 2)
+    count = like.numel()
+    words = torch.randint(
+        -(2**63), 2**63 - 1, (-(-count // 8),), generator=generator, device=generator.device
+    )
+    noise = words.view(torch.uint8)[:count].float().mul_(2 * radius / 255).sub_(radius)
+    return noise.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -32,7 +32,6 @@ def study(
     split: str | None = None,
     test_split: str | None = None,
     limit: int | None = None,
-    compile: bool = False,
     progress: Progress = silent,
 ) -> Learned:
     """Train a learner on files and write learner.safetensors and run.json into `out`.
@@ -48,7 +47,6 @@ def study(
         split: of the training images.
         test_split: of the test images.
         limit: use only so many training images.
-        compile: whether to use torch.compile.
         progress: told about images.
 
     Raises:
@@ -71,7 +69,7 @@ def study(
         "train": images.digest,
         "test": clean.digest,
         "precision": runtime.precision,
-        "compile": compile,
+        "compile": runtime.compile,
         "device": describe_device(runtime.device, torch.get_num_threads()),
         "torch": torch.__version__,
     }
@@ -86,7 +84,6 @@ def study(
         runtime=runtime,
         seed=seed,
         checkpoint=out / WORKSPACE / "checkpoint.safetensors",
-        compile=compile,
         progress=progress,
     )
     if runtime.rank == 0:

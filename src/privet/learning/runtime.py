@@ -22,22 +22,25 @@ class Runtime:
     Attributes:
         device: where tensors live.
         precision: "bf16" (autocast; weights and budgets stay float32) or "float32".
+        compile: whether networks go through torch.compile; worth it for long runs on a GPU.
         rank: this process's number, from 0.
         world: how many processes do the job together.
     """
 
     device: torch.device
     precision: str = "bf16"
+    compile: bool = False
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def find(cls, device: str = "auto", precision: str = "bf16") -> Self:
+    def find(cls, device: str = "auto", precision: str = "bf16", *, compile: bool = False) -> Self:
         """Find out where this process runs, started alone or by `accelerate launch`.
 
         Args:
             device: "auto" (a GPU if there is one), "cpu" or "cuda".
             precision: "bf16" or "float32".
+            compile: whether networks go through torch.compile.
 
         Raises:
             UsageError: an unknown device or precision, or no GPU where one was asked for.
@@ -57,7 +60,13 @@ class Runtime:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         place = state.device if device == "cuda" else torch.device("cpu")
-        return cls(device=place, precision=precision, rank=state.process_index, world=state.num_processes)
+        return cls(
+            device=place,
+            precision=precision,
+            compile=compile,
+            rank=state.process_index,
+            world=state.num_processes,
+        )
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks run."""
@@ -66,12 +75,35 @@ class Runtime:
         )
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a network here, channels last (two to three times the speed with bf16)."""
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        """Move a network here, channels last: with bf16 two to three times the default's speed."""
+        model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile:
+            model.compile()
+        return model
+
+    def hold(self, rows: Tensor) -> Tensor:
+        """Return rows of an image set on the device, or as they are if they would fill half of it."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if rows.numel() * rows.element_size() > free / 2:
+                return rows
+        return rows.to(self.device)
+
+    def take(self, held: Tensor, index: Tensor) -> Tensor:
+        """Return these rows of what `hold` returned, on the device."""
+        return held[index.to(held.device)].to(self.device, non_blocking=True)
 
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's part of a batch."""
         return batch[self.rank :: self.world]
+
+    def unshare(self, part: Tensor, count: int) -> Tensor:
+        """Return the whole batch of `count` rows of which each process gives its `share`."""
+        if self.world == 1:
+            return part
+        whole = part.new_zeros(count, *part.shape[1:])
+        whole[self.rank :: self.world] = part
+        return self.sum(whole)
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Return the network to train: wrapped for gradient averaging if there are other processes."""

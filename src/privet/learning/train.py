@@ -107,7 +107,6 @@ def learn(
     runtime: Runtime,
     seed: int = 0,
     checkpoint: Path | None = None,
-    compile: bool = False,
     progress: Progress = silent,
 ) -> Learned:
     """Train a learner and measure it on clean images after every epoch.
@@ -119,7 +118,6 @@ def learn(
         runtime: where.
         seed: of weights, order, views and attacks; the same seed gives the same learner.
         checkpoint: a file to keep after each epoch and to go on from, or None.
-        compile: whether to use `torch.compile` (worth it for long runs on a GPU).
         progress: told about images seen.
 
     Raises:
@@ -137,10 +135,8 @@ def learn(
     if checkpoint is not None and (state := load_checkpoint(checkpoint, model=model, optimizer=optimizer)):
         history = [Epoch(**epoch) for epoch in state[1]["history"]]
     trained = runtime.distribute(model)
-    if compile:
-        trained = torch.compile(trained)  # type: ignore[assignment]
 
-    pixels, labels = train.pixels.to(runtime.device), train.labels.to(runtime.device)
+    pixels, labels = runtime.hold(train.pixels), runtime.hold(train.labels)
     augmentation = augmentation_for(train.size, flip=learner.flip)
     batch = min(learner.batch_size, len(train))
     steps = len(train) // batch
@@ -152,9 +148,9 @@ def learn(
         totals = torch.zeros(3, device=runtime.device)  # loss, correct, seen
         for step in range(steps):
             index = runtime.share(order[step * batch : (step + 1) * batch])
-            y = labels[index]
+            y = runtime.take(labels, index)
             views = augmentation.draw(len(index), train.size, randomness)
-            x = views.apply(pixels[index]).float() / 255
+            x = views.apply(runtime.take(pixels, index)).float() / 255
             with frozen(model):
                 x = pgd(
                     model,

@@ -56,11 +56,14 @@ class Job:
         """Return the workspace's file of this name, or None if nothing is kept."""
         return None if self.workspace is None else self.workspace / name
 
-    def checkpoint_due(self) -> bool:
-        """Say whether it is time to save unfinished work; only the first process ever does."""
+    def checkpoint_due(self, last: bool = False) -> bool:
+        """Say whether to save unfinished work: now and then, and always after the last step.
+
+        Only the first process ever does.
+        """
         if self.workspace is None or self.runtime.rank > 0:
             return False
-        if time.monotonic() - self._saved < self.checkpoint_seconds:
+        if time.monotonic() - self._saved < self.checkpoint_seconds and not last:
             return False
         self._saved = time.monotonic()
         return True

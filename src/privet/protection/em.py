@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.errors import UsageError
 from privet.images.augment import augmentation_for
 from privet.images.image_set import ImageSet
+from privet.learning.attack import frozen
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import CHUNK, Job, Perturb, Protection
-from privet.protection.minimise import minimise, pack, unpack
+from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -46,6 +48,10 @@ class EM(Protection):
         step_size: of a descent, in 1/255.
         stop_error: rounds end when the surrogate misses less than this share of the noisy images.
         max_rounds: or after so many rounds.
+        views: random views averaged in each descent, one of which each surrogate step sees; 0, as
+            published, for the image itself. Noise of small networks needs them: without, a learner
+            that augments its images does not see the noise at all (docs/methods.md).
+        flip: whether views are mirrored; no for handwriting.
     """
 
     mode: str = "sample"
@@ -71,24 +77,22 @@ class EM(Protection):
                 raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        model = load_surrogate(images, job) if job.surrogate else None
-        if model is not None:
-            surrogate = model
+        batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job)
+        if surrogate is not None:
 
             def fresh(index: Tensor, randomness: torch.Generator) -> Tensor:
-                noise = torch.zeros(len(index), 3, *images.size, device=job.runtime.device)
-                return self._improve(surrogate, images, index, noise, randomness, job) * 255
+                batch = batches[index]
+                return self._improve(surrogate, batch, torch.zeros_like(batch.x), randomness, job) * 255
 
             return fresh
-        stored = self._train(images, job)
-        rows = images.labels if self.mode == "class" else torch.arange(len(images))
+        stored = self._train(images, batches, job)
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
-            return unpack(stored[rows[index]], self.epsilon)
+            return unpack(stored[self._rows(images, index)], self.epsilon)
 
         return perturb
 
-    def _train(self, images: ImageSet, job: Job) -> Tensor:
+    def _train(self, images: ImageSet, batches: Batches, job: Job) -> Tensor:
         """Run rounds until the surrogate has learned the noise; return it, (rows, 3, height, width)."""
         runtime = job.runtime
         model = create_model(
@@ -110,10 +114,10 @@ class EM(Protection):
         for round_ in range(first, self.max_rounds):
             if errors and errors[-1] < self.stop_error:
                 break
-            self._train_surrogate(trained, optimizer, images, stored, round_, job)
-            errors.append(self._improve_stored(model, images, stored, round_, job))
+            self._train_surrogate(trained, optimizer, images, batches, stored, round_, job)
+            errors.append(self._improve_stored(model, images, batches, stored, round_, job))
             last = round_ + 1 == self.max_rounds or errors[-1] < self.stop_error
-            if path is not None and (job.checkpoint_due() or last):
+            if path is not None and job.checkpoint_due(last):
                 save_checkpoint(
                     path,
                     model=model,
@@ -130,82 +134,80 @@ class EM(Protection):
         trained: nn.Module,
         optimizer: torch.optim.Optimizer,
         images: ImageSet,
+        batches: Batches,
         stored: Tensor,
         round_: int,
         job: Job,
     ) -> None:
-        batch = min(self.batch_size, len(images))
-        per_epoch = len(images) // batch
+        size = min(self.batch_size, len(images))
+        per_epoch = len(images) // size
         for step in range(round_ * self.train_steps, (round_ + 1) * self.train_steps):
             order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
-            offset = step % per_epoch * batch
-            index = job.runtime.share(order[offset : offset + batch])
-            rows = images.labels[index] if self.mode == "class" else index
-            x, y = self._batch(images, index, job)
-            seen = (x + unpack(stored[rows], self.epsilon / 255).to(x.device)).clamp_(0, 1)
+            index = job.runtime.share(order[step % per_epoch * size :][:size])
+            batch, noise = batches[index], unpack(stored[self._rows(images, index)], self.epsilon / 255)
+            seen = (batch.x + noise.to(batch.x.device)).clamp_(0, 1)
             if self.views:
                 randomness = job.random("views", step, job.runtime.rank)
                 augmentation = augmentation_for(images.size, flip=self.flip)
                 seen = augmentation.draw(len(index), images.size, randomness).apply(seen)
-            training_step(trained, optimizer, seen, y, rate=self.learning_rate, runtime=job.runtime)
+            training_step(
+                trained, optimizer, seen, batch.labels, rate=self.learning_rate, runtime=job.runtime
+            )
 
     def _improve_stored(
-        self, model: nn.Module, images: ImageSet, stored: Tensor, round_: int, job: Job
+        self,
+        model: nn.Module,
+        images: ImageSet,
+        batches: Batches,
+        stored: Tensor,
+        round_: int,
+        job: Job,
     ) -> float:
         """Do one pass over all images in place; return the surrogate's error on noisy images."""
-        model.eval()
-        runtime = job.runtime
+        runtime, epsilon = job.runtime, self.epsilon / 255
+        alone = self.mode == "class" or runtime.world == 1  # class-wise noise changes with every chunk
         wrong = torch.zeros((), device=runtime.device)
-        updates = torch.zeros_like(stored, dtype=torch.int16)
         for chunk, start in enumerate(range(0, len(images), CHUNK)):
-            if self.mode == "sample" and chunk % runtime.world != runtime.rank:
-                continue
             index = torch.arange(start, min(start + CHUNK, len(images)))
-            rows = images.labels[index] if self.mode == "class" else index
-            noise = unpack(stored[rows], self.epsilon / 255).to(runtime.device)
-            randomness = job.random("noise", round_, chunk)
-            noise = self._improve(model, images, index, noise, randomness, job)
-            x, y = self._batch(images, index, job)
-            with torch.no_grad(), runtime.autocast():
-                wrong += (model((x + noise).clamp_(0, 1)).argmax(1) != y).sum()
+            if not alone and chunk % runtime.world != runtime.rank:
+                stored[index] = 0  # another process's part, added below
+                continue
+            noise = unpack(stored[self._rows(images, index)], epsilon).to(runtime.device)
+            batch, randomness = batches[index], job.random("noise", round_, chunk)
+            with frozen(model):
+                noise = self._improve(model, batch, noise, randomness, job)
+                with torch.no_grad(), runtime.autocast():
+                    wrong += (model((batch.x + noise).clamp_(0, 1)).argmax(1) != batch.labels).sum()
             if self.mode == "class":
-                total = torch.zeros(stored.shape, device=noise.device).index_add_(0, y, noise)
-                members = torch.bincount(y, minlength=len(stored)).view(-1, 1, 1, 1)
-                mean = pack(total / members.clamp(min=1), self.epsilon / 255).cpu()
-                stored.copy_(torch.where(members.cpu() > 0, mean, stored))
+                membership = F.one_hot(batch.labels, len(stored)).float()  # (batch, classes)
+                members = membership.sum(0).view(-1, 1, 1, 1)
+                mean = (membership.T @ noise.flatten(1)).view(stored.shape) / members.clamp(min=1)
+                stored.copy_(torch.where(members.cpu() > 0, pack(mean, epsilon).cpu(), stored))
             else:
-                updates[index] = pack(noise, self.epsilon / 255).cpu().to(torch.int16)
+                stored[index] = pack(noise, epsilon).cpu()
             job.progress(f"round {round_ + 1}: improving the noise", start + len(index), len(images))
-        if self.mode == "sample":
-            stored.copy_(runtime.sum(updates.to(runtime.device)).cpu().to(torch.int8))
+        if not alone:
+            stored.copy_(runtime.sum(stored.to(runtime.device)).cpu())
             wrong = runtime.sum(wrong)
         return float(wrong) / len(images)
 
     def _improve(
-        self,
-        model: nn.Module,
-        images: ImageSet,
-        index: Tensor,
-        noise: Tensor,
-        randomness: torch.Generator,
-        job: Job,
+        self, model: nn.Module, batch: Batch, noise: Tensor, randomness: torch.Generator, job: Job
     ) -> Tensor:
-        x, y = self._batch(images, index, job)
+        size = batch.x.shape[2], batch.x.shape[3]
         return minimise(
             model,
-            x,
-            y,
+            batch,
             noise,
-            grey=images.grey[index].to(x.device),
             epsilon=self.epsilon / 255,
             step_size=self.step_size / 255,
             steps=1 if self.mode == "class" else self.noise_steps,
-            augmentation=augmentation_for(images.size, flip=self.flip) if self.views else None,
+            augmentation=augmentation_for(size, flip=self.flip) if self.views else None,
             views=max(1, self.views),
             generator=randomness,
             runtime=job.runtime,
         )
 
-    def _batch(self, images: ImageSet, index: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        device = job.runtime.device
-        return images.pixels[index].to(device).float() / 255, images.labels[index].to(device)
+    def _rows(self, images: ImageSet, index: Tensor) -> Tensor:
+        """Return which row of the stored noise belongs to each of these images."""
+        return images.labels[index] if self.mode == "class" else index

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from privet.images.augment import Augmentation
+from privet.images.image_set import ImageSet
 from privet.learning.attack import input_gradient
 from privet.learning.runtime import Runtime
 
 Disturb = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """Maps views in [0, 1] and their labels to disturbed views in [0, 1]; the gradient passes straight."""
+
+
+class Batch(NamedTuple):
+    """Images to find noise for.
+
+    Attributes:
+        x: pixels in [0, 1], (batch, 3, height, width).
+        labels: (batch,).
+        grey: (batch,), images on which the three channels must stay equal.
+    """
+
+    x: Tensor
+    labels: Tensor
+    grey: Tensor
+
+
+class Batches:
+    """An image set, held on the device if it fits there, in batches by position."""
+
+    def __init__(self, images: ImageSet, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.held = [runtime.hold(rows) for rows in (images.pixels, images.labels, images.grey)]
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        pixels, labels, grey = (self.runtime.take(rows, index) for rows in self.held)
+        return Batch(pixels.float() / 255, labels, grey)
 
 
 def pack(noise: Tensor, epsilon: float) -> Tensor:
@@ -28,11 +56,9 @@ def unpack(stored: Tensor, epsilon: float) -> Tensor:
 @torch.no_grad()
 def minimise(
     model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
+    batch: Batch,
     noise: Tensor,
     *,
-    grey: Tensor,
     epsilon: float,
     step_size: float,
     steps: int,
@@ -45,16 +71,14 @@ def minimise(
     """Return noise, starting from `noise`, that lowers the expected loss of a frozen network.
 
     Each step moves by the sign of the gradient of the mean over `views` draws of
-    CE(model(disturb(t(clip(x + noise)))), labels), t being drawn from the augmentation, and clips
+    CE(model(disturb(t(clip(x + noise)))), label), t being drawn from the augmentation, and clips
     to the budget. The draws of a step share one forward and backward pass, which changes nothing
     as the network is in evaluation mode.
 
     Args:
         model: a network in evaluation mode.
-        x: pixels in [0, 1], (batch, 3, height, width).
-        labels: (batch,).
-        noise: where to start, in units of [0, 1], shaped like x; not modified.
-        grey: (batch,), images on which the three channels must stay equal.
+        batch: the images.
+        noise: where to start, in units of [0, 1], shaped like the pixels; not modified.
         epsilon: budget, in units of [0, 1].
         step_size: likewise.
         steps: descents.
@@ -64,6 +88,7 @@ def minimise(
         generator: draws views and disturbances.
         runtime: gives the precision of the passes.
     """
+    x, labels, grey = batch
     repeated = labels.repeat(views)
     tie = grey.view(-1, 1, 1, 1) if bool(grey.any()) else None
     for _ in range(steps):
@@ -71,7 +96,7 @@ def minimise(
         seen = moved.clamp(0, 1)
         if augmentation is not None:
             drawn = augmentation.draw(views * len(x), (x.shape[2], x.shape[3]), generator)
-            inputs = drawn.apply(seen.repeat(views, 1, 1, 1))
+            inputs = drawn.apply(seen)
         else:
             inputs = seen
         if disturb is not None:

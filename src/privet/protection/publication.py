@@ -76,6 +76,7 @@ def publish(
         "metadata": metadata,
         "gps": gps,
         "precision": runtime.precision,
+        "compile": runtime.compile,
         "device": describe_device(runtime.device, torch.get_num_threads()),
         "versions": {
             "python": platform.python_version(),

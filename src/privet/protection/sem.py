@@ -16,7 +16,7 @@ from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Job, Perturb, Protection
-from privet.protection.minimise import minimise, pack, unpack
+from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -85,71 +85,59 @@ class SEM(Protection):
             raise UsageError(f"Expected a radius of 0 to 255 (in 1/255), got {self.radius}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        model = load_surrogate(images, job) if job.surrogate else None
-        stored = None
+        batches = Batches(images, job.runtime)
+        model, stored = load_surrogate(images, job), None
         if model is None:
-            model, stored = self._train(images, job)
-        model.eval()
-        augmentation = augmentation_for(images.size, flip=self.flip)
-        device = job.runtime.device
+            model, stored = self._train(images, batches, job)
+            model.eval().requires_grad_(False)
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
-            x = images.pixels[index].to(device).float() / 255
-            y, grey = images.labels[index].to(device), images.grey[index].to(device)
-            start = self._start(x, grey, randomness)
-            if stored is not None:
-                start = unpack(stored[index], self.epsilon / 255).to(device)
+            batch = batches[index]
+            start = self._start(batch, None if stored is None else stored[index], randomness)
             noise = self._noise(
-                model,
-                x,
-                y,
-                start,
-                grey,
-                augmentation,
-                randomness,
-                job,
-                self.noise_steps,
-                self.views,
+                model, batch, start, randomness, job, steps=self.noise_steps, views=self.views
             )
             return noise * 255
 
         return perturb
 
-    def _start(self, x: Tensor, grey: Tensor, randomness: torch.Generator) -> Tensor:
-        noise = uniform(x, self.epsilon / 255, randomness)
-        return torch.where(grey.view(-1, 1, 1, 1), noise[:, :1], noise)
+    def _start(self, batch: Batch, stored: Tensor | None, randomness: torch.Generator) -> Tensor:
+        """Return where descents start: where the last visit ended, or anywhere in the budget."""
+        if stored is not None:
+            return unpack(stored, self.epsilon / 255).to(batch.x.device)
+        noise = uniform(batch.x, self.epsilon / 255, randomness)
+        return torch.where(batch.grey.view(-1, 1, 1, 1), noise[:, :1], noise)
 
     def _noise(
         self,
         model: nn.Module,
-        x: Tensor,
-        labels: Tensor,
+        batch: Batch,
         start: Tensor,
-        grey: Tensor,
-        augmentation: Augmentation,
         randomness: torch.Generator,
         job: Job,
+        *,
         steps: int,
         views: int,
     ) -> Tensor:
-        def disturb(views: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-            return self._disturb(model, views, y, generator, job)
+        def disturb(seen: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+            return self._disturb(model, seen, labels, generator, job)
 
         return minimise(
             model,
-            x,
-            labels,
+            batch,
             start,
-            grey=grey,
             epsilon=self.epsilon / 255,
             step_size=self.step_size / 255,
             steps=steps,
-            augmentation=augmentation,
+            augmentation=self._augmentation(batch),
             views=views,
             disturb=disturb,
             generator=randomness,
             runtime=job.runtime,
         )
+
+    def _augmentation(self, batch: Batch) -> Augmentation:
+        return augmentation_for((batch.x.shape[2], batch.x.shape[3]), flip=self.flip)
 
     def _disturb(
         self, model: nn.Module, views: Tensor, labels: Tensor, randomness: torch.Generator, job: Job
@@ -157,7 +145,7 @@ class SEM(Protection):
         """Add uniform noise of the radius: the one thing in which SEM differs from REM."""
         return (views + uniform(views, self.radius / 255, randomness)).clamp_(0, 1)
 
-    def _train(self, images: ImageSet, job: Job) -> tuple[nn.Module, Tensor | None]:
+    def _train(self, images: ImageSet, batches: Batches, job: Job) -> tuple[nn.Module, Tensor | None]:
         """Train the surrogate on noisy images; return it, and the noise if starts are warm."""
         runtime = job.runtime
         model = create_model(
@@ -168,45 +156,39 @@ class SEM(Protection):
         )
         model = runtime.place(model)
         optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, momentum=0.9, weight_decay=5e-4)
-        path = job.file("surrogate-checkpoint.safetensors")
-        state = load_checkpoint(path, model=model, optimizer=optimizer) if path else None
-        first = int(state[1]["step"]) if state else 0
         stored = None
         if self.warm_start:
-            stored = torch.zeros(len(images), 3, *images.size, dtype=torch.int8, device=runtime.device)
-            if state:
-                stored.copy_(state[0]["noise"])
+            stored = torch.zeros(len(images), 3, *images.size, dtype=torch.int8)
+        path, first = job.file("surrogate-checkpoint.safetensors"), 0
+        if path and (state := load_checkpoint(path, model=model, optimizer=optimizer)):
+            first = int(state[1]["step"])
+            stored = state[0].get("noise", stored)
         trained = runtime.distribute(model)
-        augmentation = augmentation_for(images.size, flip=self.flip)
-        pixels, labels = images.pixels.to(runtime.device), images.labels.to(runtime.device)
-        greys = images.grey.to(runtime.device)
-        batch = min(self.batch_size, len(images))
-        per_epoch = len(images) // batch
-        steps, views = self.train_noise_steps or self.noise_steps, self.train_views or self.views
-        epoch, order = -1, torch.empty(0)
+        size = min(self.batch_size, len(images))
+        per_epoch = len(images) // size
         for step in range(first, self.train_steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(len(images), generator=generator(job.seed, "order", epoch))
-                order = order.to(runtime.device)
-            offset = step % per_epoch * batch
-            index = runtime.share(order[offset : offset + batch])
-            x, y, grey = pixels[index].float() / 255, labels[index], greys[index]
-            randomness = job.random("step", step, runtime.rank)
+            order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
+            whole = order[step % per_epoch * size :][:size]
+            index = runtime.share(whole)
+            batch, randomness = batches[index], job.random("step", step, runtime.rank)
             with frozen(model):
-                start = self._start(x, grey, randomness)
+                noise = self._noise(
+                    model,
+                    batch,
+                    self._start(batch, None if stored is None else stored[index], randomness),
+                    randomness,
+                    job,
+                    steps=self.train_noise_steps or self.noise_steps,
+                    views=self.train_views or self.views,
+                )
                 if stored is not None:
-                    start = unpack(stored[index], self.epsilon / 255)
-                noise = self._noise(model, x, y, start, grey, augmentation, randomness, job, steps, views)
-                if stored is not None:
-                    stored[index] = pack(noise, self.epsilon / 255)
-                noise = (noise * 255).round_() / 255  # delivered noise is whole, so learn from whole noise
-                seen = (x + noise).clamp_(0, 1)
-                seen = augmentation.draw(len(index), images.size, randomness).apply(seen)
+                    stored[whole] = runtime.unshare(pack(noise, self.epsilon / 255), size).cpu()
+                noise = (noise * 255).round_() / 255  # whole, as it will be delivered
+                views = self._augmentation(batch).draw(len(index), images.size, randomness)
                 seen = pgd(
                     model,
-                    seen,
-                    y,
+                    views.apply((batch.x + noise).clamp_(0, 1)),
+                    batch.labels,
                     radius=self.radius / 255,
                     step_size=self.attack_step_size / 255,
                     steps=self.attack_steps,
@@ -214,9 +196,9 @@ class SEM(Protection):
                     runtime=runtime,
                 )
             rate = self.learning_rate * 0.1 ** (step // self.decay_steps)
-            training_step(trained, optimizer, seen, y, rate=rate, runtime=runtime)
-            job.progress("training the surrogate", (step + 1) * batch, self.train_steps * batch)
-            if path is not None and job.checkpoint_due():
+            training_step(trained, optimizer, seen, batch.labels, rate=rate, runtime=runtime)
+            job.progress("training the surrogate", (step + 1) * size, self.train_steps * size)
+            if path is not None and job.checkpoint_due(last=step + 1 == self.train_steps):
                 save_checkpoint(
                     path,
                     model=model,

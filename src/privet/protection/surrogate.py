@@ -28,18 +28,17 @@ def save_surrogate(
 
 
 def load_surrogate(images: ImageSet, job: Job) -> nn.Module | None:
-    """Return the surrogate that the job names, or that an earlier, killed try of it finished.
+    """Return the surrogate that the job names, frozen, or None if it names none.
 
     Raises:
         InputError: it cannot be read, or knows other classes than the images have.
     """
-    path = job.surrogate or job.file(FILE)
-    if path is None or (job.surrogate is None and not path.exists()):
+    if job.surrogate is None:
         return None
-    model, about = load_model(path)
+    model, about = load_model(job.surrogate)
     if about.class_names != images.class_names:
         raise InputError(
-            f"{path} was trained on the classes {list(about.class_names)}, but these images have "
+            f"{job.surrogate} was trained on the classes {list(about.class_names)}, but these images have "
             f"{list(images.class_names)}. A surrogate protects images of its own classes only."
         )
-    return job.runtime.place(model).eval()
+    return job.runtime.place(model).eval().requires_grad_(False)
