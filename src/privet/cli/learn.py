@@ -100,13 +100,14 @@ def learn(
         flip=flip,
         weights=weights,
     )
-    with progress() as listener:
+    here = Runtime.find(device, precision, compile=compile)
+    with progress(here.rank) as listener:
         learned = study(
             train,
             test,
             learner,
             out,
-            runtime=Runtime.find(device, precision, compile=compile),
+            runtime=here,
             seed=seed,
             size=size,
             split=split,
@@ -114,6 +115,8 @@ def learn(
             limit=limit,
             progress=listener,
         )
+    if here.rank > 0:
+        return OK
     best, last = learned.best, learned.history[-1]
     say(
         f"{architecture}: {last.accuracy:.1%} on clean images after the last epoch, {best.accuracy:.1%} at best "

@@ -101,7 +101,7 @@ def protect(
         raise OutputError(
             f"{out} lies inside {source}; its images would be taken for originals. Choose another folder."
         )
-    with progress() as listener:
+    with progress(here.rank) as listener:
         images = open_images(
             source,
             size=size,
@@ -124,6 +124,8 @@ def protect(
             workers=workers,
             progress=listener,
         )
+    if here.rank > 0:
+        return OK
     written = published.written
     say(f"{written.ok:,} images protected with {method} and written to {escape(str(out))}")
     if not written.skipped:

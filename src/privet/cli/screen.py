@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from privet.progress import Progress as Listener
+from privet.progress import silent
 
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 
@@ -21,9 +22,15 @@ class _Rate(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Listener]:
-    """Yield a listener that draws a bar on a terminal, and prints a line now and then elsewhere."""
+def progress(rank: int = 0) -> Iterator[Listener]:
+    """Yield a listener that draws a bar on a terminal, and prints a line now and then elsewhere.
+
+    Of several processes only the first, of rank 0, shows anything.
+    """
     console = Console(stderr=True, highlight=False)
+    if rank > 0:
+        yield silent
+        return
     if not console.is_terminal:
         yield _Lines(console)
         return

@@ -73,7 +73,9 @@ def study(
         "device": describe_device(runtime.device, torch.get_num_threads()),
         "torch": torch.__version__,
     }
-    if claim(out, run) and (out / WEIGHTS).exists():
+    finished = runtime.rank == 0 and claim(out, run)
+    runtime.wait()
+    if finished and (out / WEIGHTS).exists() and runtime.world == 1:
         model, _ = load_model(out / WEIGHTS)
         history = read_json(out / RUN)["facts"]["history"]
         return Learned(model=model, history=tuple(Epoch(**epoch) for epoch in history))

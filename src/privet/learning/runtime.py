@@ -112,6 +112,11 @@ class Runtime:
         ids: Any = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all processes."""
         if self.world > 1:

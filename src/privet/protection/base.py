@@ -120,7 +120,8 @@ class Protection(ABC):
 
         Args:
             images: what to protect.
-            job: where and how; with a workspace, a killed run goes on where it stopped.
+            job: where and how; with a workspace, a killed run goes on where it stopped. Of several
+                processes only the first gets the result.
 
         Raises:
             InputError: images that the method cannot work on.
@@ -128,7 +129,8 @@ class Protection(ABC):
         """
         if len(images) == 0:
             raise InputError("There is no image to protect.")
-        pixels, done = _output(images, job)
+        pixels, done = _output(images, job) if job.runtime.rank == 0 else (torch.empty_like(images.pixels), 0)
+        done = int(job.runtime.sum(torch.tensor(done, device=job.runtime.device)))
         starts = range(0, len(images), CHUNK)
         if done < len(starts):
             perturb = self._perturb(images, job)
@@ -148,9 +150,9 @@ class Protection(ABC):
                 job.progress("perturbing", min((first + world) * CHUNK, len(images)), len(images))
                 if job.checkpoint_due():
                     _record(job, first + len(chunks), len(starts))
-        for start in starts:
-            self._check(images, torch.arange(start, min(start + CHUNK, len(images))), pixels)
         if job.runtime.rank == 0:
+            for start in starts:
+                self._check(images, torch.arange(start, min(start + CHUNK, len(images))), pixels)
             _record(job, len(starts), len(starts))
         return images.with_pixels(pixels)
 

@@ -85,8 +85,9 @@ def publish(
             "pillow": PIL.__version__,
         },
     }
-    if claim(out, run) and (written := _intact(out)):
+    if runtime.rank == 0 and claim(out, run) and (written := _intact(out)) and runtime.world == 1:
         return Publication(out=out, written=written, run=run)
+    runtime.wait()
     workspace = out / WORKSPACE
     job = Job(
         runtime=runtime,

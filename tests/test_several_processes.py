@@ -1,0 +1,81 @@
+"""Several processes share one job, as `accelerate launch` starts them on several GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from privet.images import open_images
+from tests.conftest import blobs
+from tests.images.test_write import tree
+
+Make = Callable[..., Path]
+
+
+def launch(*arguments: str) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    command += ["--num_cpu_threads_per_process", "1", "--module", "privet", *arguments, "--device", "cpu"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_learn_one_network(tmp_path: Path, make_folder: Make) -> None:
+    train, test = make_folder(blobs(192), "train"), make_folder(blobs(60, seed=1), "test")
+    options = ["--architecture", "resnet8-w8", "--epochs", "12", "--batch-size", "32", "--no-flip"]
+    out = launch("learn", str(train), "--test", str(test), "--out", str(tmp_path / "out"), *options)
+    assert out.count("on clean images after the last epoch") == 1
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["facts"]["last"] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["em", "sem", "rem"])
+def test_two_processes_protect_one_set(tmp_path: Path, make_folder: Make, method: str) -> None:
+    clean = make_folder(blobs(300))
+    options = [
+        "--set",
+        "surrogate=cnn-w4",
+        "--set",
+        "train_steps=3",
+        "--set",
+        "noise_steps=2",
+        "--set",
+        "batch_size=32",
+    ]
+    options += (
+        ["--set", "max_rounds=2"]
+        if method == "em"
+        else ["--set", "warm_start=yes", "--set", "attack_steps=2"]
+    )
+    results = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        launch("protect", str(clean), "--out", str(out), "--method", method, *options)
+        results.append(tree(out))
+    assert results[0] == results[1]
+    before, after = open_images(clean), open_images(tmp_path / "a")
+    place = {name: index for index, name in enumerate(before.names)}
+    order = [place[name] for name in after.names]
+    change = (after.pixels.short() - before.pixels[order].short()).abs().amax((1, 2, 3))
+    assert len(after) == 300
+    assert bool((change > 0).all()) and int(change.max()) <= 8
