@@ -45,8 +45,9 @@ class Table:
         test: test images used, or None for all.
         protections: method and settings by name; None for the clean files.
         learner: how every learner trains.
+        adversarial: settings in which adversarial training differs: it costs several times as much.
         victims: architecture and radii for each.
-        radii_of: radii of those protections that are not tried on all of them.
+        only: learners, as (architecture, radius), of those protections that are not tried on all.
         seeds: of protection and learner alike.
     """
 
@@ -54,41 +55,41 @@ class Table:
     test: int | None
     protections: dict[str, tuple[str, dict[str, Any]] | None]
     learner: Learner
+    adversarial: dict[str, Any]
     victims: dict[str, tuple[float, ...]]
-    radii_of: dict[str, tuple[float, ...]]
+    only: dict[str, tuple[tuple[str, float], ...]]
     seeds: tuple[int, ...]
 
 
-SMALL_SURROGATE: dict[str, Any] = {"surrogate": "resnet10-w16"}
+PROTECTIONS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "clean": None,
+    "random": ("random", {}),
+    "em": ("em", {}),
+    "sem": ("sem", {}),
+    "rem": ("rem", {}),
+}
 TABLES = {
     "small": Table(
         images=5000,
-        test=None,
-        protections={
-            "clean": None,
-            "random": ("random", {}),
-            "em": ("em", {}),
-            "rem": ("rem", {}),
-            "sem": ("sem", {}),
+        test=4000,
+        protections=PROTECTIONS,
+        learner=Learner(epochs=30),
+        adversarial={"epochs": 16, "attack_steps": 3},
+        victims={"resnet10-w16": (0, 2, 4), "vgg11-w16": (0,), "cnn-w32": (0,)},
+        only={
+            "random": (("resnet10-w16", 0), ("vgg11-w16", 0), ("cnn-w32", 0)),
+            "rem": (("resnet10-w16", 0), ("resnet10-w16", 2), ("resnet10-w16", 4)),
         },
-        learner=Learner(epochs=20, attack_steps=5),
-        victims={"resnet10-w16": (0, 1, 2, 3, 4), "vgg11-w16": (0, 2), "densenet22": (0,)},
-        radii_of={"random": (0,)},
         seeds=(0, 1, 2),
     ),
     "paper": Table(
         images=None,
         test=None,
-        protections={
-            "clean": None,
-            "random": ("random", {}),
-            "em": ("em", {}),
-            "sem": ("sem", {}),
-            "rem": ("rem", {}),
-        },
+        protections=PROTECTIONS,
         learner=Learner(epochs=103, schedule="step"),
+        adversarial={},
         victims={"resnet18": (0, 1, 2, 3, 4)},
-        radii_of={"random": (0,)},
+        only={"random": (("resnet18", 0),)},
         seeds=(0,),
     ),
 }
@@ -104,14 +105,18 @@ class Cell:
     seed: int
 
 
-def cells(table: Table) -> Iterator[Cell]:
-    """Go through a table's cells, cheap ones first, so that a short run fills whole columns."""
+STAGES = (("clean", "random", "em", "sem"), ("rem",))  # REM costs more than the others together
+
+
+def cells(table: Table, protections: Sequence[str]) -> Iterator[Cell]:
+    """Go through the cells of some protections, cheap ones first, so that a short run fills whole columns."""
     radii = sorted({radius for values in table.victims.values() for radius in values})
     for radius in radii:
         for seed in table.seeds:
             for architecture, tried in table.victims.items():
-                for protection in table.protections:
-                    if radius in tried and radius in table.radii_of.get(protection, tuple(radii)):
+                for protection in protections:
+                    learner = (architecture, radius)
+                    if radius in tried and learner in table.only.get(protection, (learner,)):
                         yield Cell(protection=protection, architecture=architecture, radius=radius, seed=seed)
 
 
@@ -157,7 +162,12 @@ class Bench:
     def __call__(self, cell: Cell, progress: Progress = silent) -> dict[str, Any]:
         """Train one cell's learner; return its line for the results."""
         images, noise_seconds = self.protected(cell.protection, cell.seed, progress)
-        learner = replace(self.table.learner, architecture=cell.architecture, radius=cell.radius)
+        learner = replace(
+            self.table.learner,
+            architecture=cell.architecture,
+            radius=cell.radius,
+            **(self.table.adversarial if cell.radius else {}),
+        )
         started = time.perf_counter()
         checkpoint = (
             self.work
@@ -211,12 +221,12 @@ def run_table(
     """Fill a table as far as the time allows, and write it."""
     table, path = TABLES[name], RESULTS / f"protect-{name}.jsonl"
     done = {Cell(**line["cell"]) for line in read_lines(path)}
-    todo = [cell for cell in cells(table) if cell not in done]
+    stages = [[cell for cell in cells(table, stage) if cell not in done] for stage in STAGES]
     until = time.monotonic() + seconds
-    print(f"{len(done)} cells are measured, {len(todo)} are left", flush=True)
+    print(f"{len(done)} cells are measured, {sum(map(len, stages))} are left", flush=True)
     if workers == 1:
         bench = Bench(name, data, work, device, compile)
-        for cell in todo:
+        for cell in (cell for stage in stages for cell in stage):
             if time.monotonic() > until:
                 break
             keep(path, bench(cell, Lines()))
@@ -227,17 +237,20 @@ def run_table(
             initializer=_start,
             initargs=(name, data, work, device, compile),
         ) as pool:
-            # All files first: two cells that share a protection must not both make it.
-            wanted = {
-                (cell.protection, cell.seed): None for cell in todo if table.protections[cell.protection]
-            }
-            for words in pool.map(_prepare, *zip(*wanted, strict=True)) if wanted else ():
-                print(words, flush=True)
-            for line in pool.map(_work, todo):
-                keep(path, line)
+            for todo in stages:
                 if time.monotonic() > until:
-                    pool.shutdown(cancel_futures=True)
                     break
+                # Files first: two cells that share a protection must not both make it.
+                wanted = {
+                    (cell.protection, cell.seed): None for cell in todo if table.protections[cell.protection]
+                }
+                for words in pool.map(_prepare, *zip(*wanted, strict=True)) if wanted else ():
+                    print(words, flush=True)
+                for line in pool.map(_work, todo):
+                    keep(path, line)
+                    if time.monotonic() > until:
+                        pool.shutdown(cancel_futures=True)
+                        break  # out of both loops: the time is over for the next stage too
     write_bytes(RESULTS / f"protect-{name}.md", markdown(name, read_lines(path)).encode())
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,19 @@ class EM(Protection):
     flip: bool = True
 
     name: ClassVar[str] = "em"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        # For some thousands of small images: about one epoch of the surrogate a round.
+        "cpu": {
+            "surrogate": "resnet10-w16",
+            "train_steps": 40,
+            "batch_size": 128,
+            "noise_steps": 2,
+            "stop_error": 0.0,
+            "max_rounds": 25,
+            "views": 1,
+        },
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,9 +42,3 @@ class REM(SEM):
             generator=randomness,
             runtime=job.runtime,
         )
-
-
-REM.presets = {
-    "paper": {},
-    "cpu": {},
-}

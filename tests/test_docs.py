@@ -1,0 +1,80 @@
+"""What the documents say must be so."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import privet
+from privet.cli import app
+from privet.errors import EXIT_CODES
+from privet.models import create_model
+from privet.protection import METHODS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for page in PAGES for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+
+
+COMMANDS = [
+    line.split("privet ", 1)[1]
+    for block in blocks("")
+    for line in block.splitlines()
+    if line.startswith(("privet ", "accelerate launch -m privet "))
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_understood(line: str) -> None:
+    app.parse_args(shlex.split(line), exit_on_error=False, print_error=False)
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_every_name_in_python_exists(code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "privet":
+            assert hasattr(privet, node.attr)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_method_table_is_complete() -> None:
+    rows = {
+        name: set(re.findall(r"`(\w+)`", settings))
+        for name, settings in re.findall(
+            r"^\| `(\w+)` \|[^|]*\|[^|]*\|([^|]*)\|$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE
+        )
+    }
+    assert set(rows) == set(METHODS)
+    for name, written in rows.items():
+        named = {field.name for field in dataclasses.fields(METHODS[name])} - {"epsilon"}
+        expected = {"sem"} if name == "rem" else named | ({"class", "sample"} if name == "em" else set())
+        assert written == expected, name
+
+
+def test_the_networks_exist() -> None:
+    section = (ROOT / "docs/methods.md").read_text().split("## Networks")[1]
+    for name in re.findall(r"`((?:resnet|vgg|densenet|mobilenet|vit|cnn)[\w-]*)`", section):
+        create_model(name, classes=2, size=(32, 32))
+
+
+def test_exit_codes_are_documented() -> None:
+    text = (ROOT / "docs/files.md").read_text()
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(EXIT_CODES)
