@@ -84,8 +84,8 @@ class SEM(Protection):
         "cpu": {
             "radius": 2.0,
             "surrogate": "resnet10-w16",
-            "train_steps": 3000,
-            "decay_steps": 1500,
+            "train_steps": 2400,
+            "decay_steps": 1200,
             "views": 3,
             "train_noise_steps": 1,
             "train_views": 1,
