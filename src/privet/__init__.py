@@ -16,10 +16,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "images": ("ImageSet", "open_images", "write_images"),
+    "images": ("Budget", "ImageSet", "open_images", "write_images"),
     "models": ("create_model", "load_model", "save_model"),
     "learning": ("Learner", "Runtime", "learn", "study"),
-    "protection": ("EM", "REM", "SEM", "Job", "Protection", "RandomNoise", "publish"),
+    "protection": (
+        "AR",
+        "CUDA",
+        "EM",
+        "LSP",
+        "OPS",
+        "REM",
+        "SEM",
+        "TAP",
+        "Job",
+        "Protection",
+        "RandomNoise",
+        "publish",
+    ),
     "recovery": ("JPEG", "AdversarialTraining", "Grayscale", "Recovery", "create_recovery"),
     "audit": ("Audit", "Plan", "plan", "run_audit"),
     "report": ("write_report",),
@@ -35,6 +48,7 @@ if TYPE_CHECKING:
     from privet.audit import plan as plan
     from privet.audit import run_audit as run_audit
     from privet.errors import PrivetError as PrivetError
+    from privet.images import Budget as Budget
     from privet.images import ImageSet as ImageSet
     from privet.images import open_images as open_images
     from privet.images import write_images as write_images
@@ -45,9 +59,14 @@ if TYPE_CHECKING:
     from privet.models import create_model as create_model
     from privet.models import load_model as load_model
     from privet.models import save_model as save_model
+    from privet.protection import AR as AR
+    from privet.protection import CUDA as CUDA
     from privet.protection import EM as EM
+    from privet.protection import LSP as LSP
+    from privet.protection import OPS as OPS
     from privet.protection import REM as REM
     from privet.protection import SEM as SEM
+    from privet.protection import TAP as TAP
     from privet.protection import Job as Job
     from privet.protection import Protection as Protection
     from privet.protection import RandomNoise as RandomNoise

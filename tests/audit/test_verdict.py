@@ -32,6 +32,7 @@ FACTS = Facts(
     unpaired=0,
     overlap=0,
     linf=8,
+    excess=None,
     protection={"settings": {"surrogate": "resnet18", "epsilon": 8}},
 )
 Accuracy = Callable[[Cell], float]
@@ -149,7 +150,7 @@ def test_a_narrow_audit_never_says_that_a_protection_holds(grid: Plan, facts: Fa
         ({"overlap": 500}, "test-overlap", True),
         ({"unpaired": 3}, "unpaired", False),
         ({"test": 100}, "small-test", False),
-        ({"linf": 9}, "over-budget", True),
+        ({"excess": "9/255; the budget is 8/255"}, "over-budget", True),
     ],
 )
 def test_doubts_about_files(change: dict[str, Any], flag: str, grave: bool) -> None:

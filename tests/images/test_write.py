@@ -16,7 +16,7 @@ from tests.conftest import blobs
 
 from privet.errors import BudgetError, OutputError, UsageError
 from privet.files import sha256
-from privet.images import ImageSet, open_images, write_images
+from privet.images import Budget, ImageSet, open_images, write_images
 from privet.images import write as module
 
 Make = Callable[..., Path]
@@ -44,7 +44,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_what_is_written_is_read_again(tmp_path: Path, make_folder: Make, format: str, grey: bool) -> None:
     images = open_images(make_folder(blobs(7, grey=grey)))
     changed = shifted(images)
-    written = write_images(images, changed, tmp_path / "out", epsilon=3, format=format)
+    written = write_images(
+        images, changed, tmp_path / "out", budget=Budget(norm="linf", amount=3), format=format
+    )
     assert (written.ok, written.skipped) == (7, ())
     again = open_images(tmp_path / "out")
     pixels = dict(zip(again.names, again.pixels, strict=True))
@@ -57,7 +59,7 @@ def test_the_manifest_tells_what_happened_to_each_file(tmp_path: Path, make_fold
     folder = make_folder(blobs(4, size=(16, 16)))
     (folder / "0/broken.png").write_bytes(b"broken")
     images = open_images(folder)
-    write_images(images, shifted(images), tmp_path / "out", epsilon=3)
+    write_images(images, shifted(images), tmp_path / "out", budget=Budget(norm="linf", amount=3))
     lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
     assert [line["status"] for line in lines] == ["ok", "ok", "skipped", "ok", "ok"]
     assert lines[2]["file"] == "0/broken.png"
@@ -82,7 +84,7 @@ def test_files_keep_their_size_kind_and_folder(tmp_path: Path) -> None:
     Image.fromarray(large[..., 0]).save(folder / "grey.png")
     Image.fromarray(large[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
     images = open_images(tmp_path / "set", size=16)
-    written = write_images(images, shifted(images, 8), tmp_path / "out", epsilon=8)
+    written = write_images(images, shifted(images, 8), tmp_path / "out", budget=Budget(norm="linf", amount=8))
     assert written.ok == 3
     for name, mode in (("alpha", "RGBA"), ("grey", "L"), ("deep", "I;16")):
         after = Image.open(tmp_path / f"out/cat/deep/{name}.png")
@@ -106,7 +108,7 @@ def test_names_that_would_clash_keep_their_suffix(tmp_path: Path) -> None:
 
 def test_a_set_of_tensors_can_be_written(tmp_path: Path) -> None:
     images = blobs(3)
-    written = write_images(images, shifted(images), tmp_path / "out", epsilon=3)
+    written = write_images(images, shifted(images), tmp_path / "out", budget=Budget(norm="linf", amount=3))
     assert written.ok == 3
     assert written.records[0]["sha256_before"] is None
 
@@ -114,9 +116,9 @@ def test_a_set_of_tensors_can_be_written(tmp_path: Path) -> None:
 def test_over_budget_is_not_written(tmp_path: Path) -> None:
     images = blobs(1)
     with pytest.raises(
-        BudgetError, match=r"0/0000 would differ by 3/255 from its original; the budget is 2/255"
+        BudgetError, match=r"0/0000 would differ from its original by 3/255; the budget is 2/255"
     ):
-        write_images(images, shifted(images), tmp_path / "out", epsilon=2)
+        write_images(images, shifted(images), tmp_path / "out", budget=Budget(norm="linf", amount=2))
     assert not list((tmp_path / "out").rglob("*.png"))
 
 

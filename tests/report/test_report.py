@@ -80,6 +80,7 @@ def audit(images: ImageSet | None = None, *, seeds: tuple[int, ...] = (0, 1)) ->
         unpaired=0,
         overlap=0,
         linf=5,
+        excess=None,
         protection={"method": "<b>em</b>", "seed": 0, "settings": {"epsilon": 8, "surrogate": "resnet8"}},
     )
     flags = find_flags(plan, table, facts)

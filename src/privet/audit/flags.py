@@ -39,6 +39,7 @@ class Facts:
         unpaired: images of either set without a counterpart.
         overlap: test images whose pixels are also among the clean training images.
         linf: the largest change of a pixel, in 1/255.
+        excess: by what an image exceeds the budget that run.json claims, or None.
         protection: run.json of the protected set, if it has one.
     """
 
@@ -48,6 +49,7 @@ class Facts:
     unpaired: int
     overlap: int
     linf: int
+    excess: str | None
     protection: dict[str, Any] | None
 
 
@@ -191,14 +193,13 @@ def _files(facts: Facts) -> list[Flag]:
                 says=f"Only {facts.test} test images: an accuracy is uncertain by several points.",
             )
         )
-    claimed = ((facts.protection or {}).get("settings") or {}).get("epsilon")
-    if claimed is not None and facts.linf > claimed:
+    if facts.excess is not None:
         flags.append(
             Flag(
                 name="over-budget",
                 grave=True,
-                says=f"A pixel changed by {facts.linf}/255, though run.json claims at most {claimed}/255: "
-                "these are not the files of that run.",
+                says=f"An image differs from its original by {facts.excess} that run.json claims: these are not "
+                "the files of that run.",
             )
         )
     return flags

@@ -19,7 +19,7 @@ from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
 from privet.errors import InputError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json
-from privet.images import ImageSet, Similarity, align, compare_all, open_images, pair
+from privet.images import Budget, ImageSet, Similarity, align, compare_all, open_images, pair
 from privet.learning import Learner, Runtime, learn
 from privet.learning.runtime import describe_device, use_threads
 from privet.progress import Progress, silent
@@ -28,6 +28,7 @@ from privet.protection.publication import publish
 from privet.recovery import create_recovery
 
 CONTROL = "control"
+LARGE = 32  # in 1/255; beyond it nobody claims an L-infinity budget
 CELLS = "cells.jsonl"
 
 
@@ -153,7 +154,8 @@ def _prepare(
     linf = max(similarity.linf for similarity in similarities)
     if linf == 0:
         raise InputError("The protected images equal the clean ones: there is nothing to audit.")
-    noise = RandomNoise(epsilon=min(127, linf))
+    claimed = Budget(**protection["budget"]) if protection and "budget" in protection else None
+    noise = _control(similarities, clean.size, claimed)
     publish(clean, noise, out / CONTROL, runtime=runtime, seed=seed, progress=progress)
     random = align(open_images(out / CONTROL, size=clean.size, progress=progress), clean.class_names)
     seen = {_bytes(image) for image in clean.pixels}
@@ -164,6 +166,7 @@ def _prepare(
         unpaired=total - 2 * len(clean),
         overlap=sum(_bytes(image) in seen for image in test.pixels),
         linf=linf,
+        excess=next((words for one in similarities if (words := _excess(claimed, one, clean.size))), None),
         protection=protection,
     )
     return Material(
@@ -174,6 +177,25 @@ def _prepare(
         similarities=similarities,
         facts=facts,
     )
+
+
+def _control(changes: Sequence[Similarity], size: tuple[int, int], claimed: Budget | None) -> RandomNoise:
+    """Return random noise as large as the largest change, in the norm that the protection claims.
+
+    Without a claim small changes are taken for L-infinity, others for L2; L2 also stands in for no norm.
+    """
+    linf = max(change.linf for change in changes)
+    norm = claimed.norm if claimed else "linf" if linf <= LARGE else "l2"
+    if norm == "linf":
+        return RandomNoise(epsilon=min(127, linf))
+    if norm == "l0":
+        return RandomNoise(norm="l0", epsilon=max(change.l0 for change in changes))
+    for_each = Budget(norm="l2", amount=1).allowed(size, seen=size)
+    return RandomNoise(norm="l2", epsilon=max(change.l2 for change in changes) / for_each)
+
+
+def _excess(claimed: Budget | None, change: Similarity, size: tuple[int, int]) -> str | None:
+    return claimed.excess(change, size, seen=size) if claimed else None
 
 
 def _protection(source: str | Path) -> dict[str, Any] | None:

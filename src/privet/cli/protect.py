@@ -21,7 +21,7 @@ def protect(
     out: Path,
     method: str = "sem",
     preset: str | None = None,
-    epsilon: int | None = None,
+    epsilon: float | None = None,
     set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
     size: int | None = None,
     split: str | None = None,
@@ -47,12 +47,14 @@ def protect(
     out
         New folder for the protected images, manifest.jsonl, run.json and the surrogate.
     method
-        em, sem, rem, or random (the control, which does not protect).
+        em, sem, rem, tap (noise that nobody sees); lsp, ar, ops, cuda (seconds, but visible); or random
+        (the control, which does not protect).
     preset
         paper (the published settings; needs a GPU) or cpu (small and short).
         Default: paper where there is a GPU, else cpu.
     epsilon
-        Budget: no channel of a pixel changes by more, in 1/255 (default 8).
+        Budget, in the norm of the method: for most, no channel of a pixel changes by more, in 1/255
+        (default 8).
     set
         Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
     size
@@ -95,7 +97,7 @@ def protect(
     kind = METHODS[method]
     settings = parse_settings(kind, set or [])
     if epsilon is not None:
-        settings["epsilon"] = epsilon
+        settings["epsilon"] = int(epsilon) if epsilon.is_integer() else epsilon
     chosen = kind.preset(preset or ("paper" if here.device.type == "cuda" else "cpu"), **settings)
     if Path(source).exists() and out.absolute().is_relative_to(Path(source).absolute()):
         raise OutputError(

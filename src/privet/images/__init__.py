@@ -1,6 +1,7 @@
 """Image sets on disk and in memory: open, write, verify, augment, compare."""
 
 from privet.images.augment import Augmentation, FlipCrop, ResizedCrop, augmentation_for
+from privet.images.budget import Budget
 from privet.images.image_set import ImageSet, SourceFile
 from privet.images.open import align, open_images, pair
 from privet.images.picture import Picture, PictureError
@@ -10,6 +11,7 @@ from privet.images.write import Written, write_images
 
 __all__ = [
     "Augmentation",
+    "Budget",
     "FlipCrop",
     "ImageSet",
     "Picture",

@@ -1,4 +1,4 @@
-"""How much images differ: largest difference, PSNR, SSIM."""
+"""How much images differ: largest difference, length, pixels, PSNR, SSIM."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ class Similarity:
 
     Attributes:
         linf: the largest change of any channel of any pixel, in 1/255.
+        l2: the length of the change, of values in [0, 1].
+        l0: how many pixels changed.
         psnr: in dB; None if nothing changed.
         ssim: structural similarity (Wang et al. 2004, Gaussian window); None for images below 11 px.
     """
 
     linf: int
+    l2: float
+    l0: int
     psnr: float | None
     ssim: float | None
 
@@ -37,8 +41,8 @@ def compare(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> Similarity:
     return compare_all(*pair)[0]
 
 
-def compare_all(before: Tensor, after: Tensor) -> list[Similarity]:
-    """Compare images one by one, uint8, (images, 3, height, width)."""
+def compare_all(before: Tensor, after: Tensor, *, ssim: bool = True) -> list[Similarity]:
+    """Compare images one by one, uint8, (images, 3, height, width), without SSIM in a tenth of the time."""
     found = []
     height, width = before.shape[2:]
     batch = max(1, BATCH_PIXELS // (height * width))
@@ -46,10 +50,18 @@ def compare_all(before: Tensor, after: Tensor) -> list[Similarity]:
         one, other = before[start : start + batch], after[start : start + batch]
         difference = (other.to(torch.int16) - one.to(torch.int16)).abs()
         linf = difference.amax((1, 2, 3)).tolist()
-        errors = difference.double().square_().mean((1, 2, 3)).tolist()
-        for largest, error, similarity in zip(linf, errors, _ssim(one, other), strict=True):
-            psnr = 10 * math.log10(255**2 / error) if error > 0 else None
-            found.append(Similarity(linf=int(largest), psnr=psnr, ssim=similarity))
+        squares = difference.double().square_().sum((1, 2, 3)).tolist()
+        pixels = difference.amax(1).count_nonzero((1, 2)).tolist()
+        for largest, square, changed, similarity in zip(
+            linf, squares, pixels, _ssim(one, other) if ssim else [None] * len(one), strict=True
+        ):
+            values = 3 * height * width
+            psnr = 10 * math.log10(255**2 * values / square) if square > 0 else None
+            found.append(
+                Similarity(
+                    linf=int(largest), l2=math.sqrt(square) / 255, l0=int(changed), psnr=psnr, ssim=similarity
+                )
+            )
     return found
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from privet.errors import BudgetError, UsageError
 from privet.files import append_line, atomic, json_line, read_lines, sha256, write_bytes
+from privet.images.budget import UNBOUNDED, Budget
 from privet.images.image_set import ImageSet
 from privet.images.picture import (
     FORMATS,
@@ -56,7 +56,7 @@ def write_images(
     changed: ImageSet,
     out: Path,
     *,
-    epsilon: int | None = None,
+    budget: Budget = UNBOUNDED,
     format: str = "png",
     metadata: str = "keep",
     gps: bool = False,
@@ -72,7 +72,7 @@ def write_images(
         original: the images as opened; their files are read again at full size.
         changed: the same images with other pixels.
         out: folder to write: images, and manifest.jsonl with one line each.
-        epsilon: budget in 1/255 that the written bytes must keep, or None for no budget.
+        budget: what the written bytes must keep.
         format: "png", "webp" (lossless), or "parquet" (PNG bytes in the hub's layout).
         metadata: "keep" or "strip".
         gps: whether kept metadata include the location.
@@ -81,7 +81,7 @@ def write_images(
 
     Raises:
         UsageError: a format that loses what was added, or an unknown one.
-        BudgetError: a written image would differ by more than epsilon; it is not written.
+        BudgetError: a written image would differ by more than its budget; it is not written.
         OutputError: the folder cannot be written.
     """
     if format != "parquet":
@@ -98,7 +98,7 @@ def write_images(
         earlier = done.get(original.names[index])
         if earlier is not None and still_there(out, earlier):
             return earlier, None
-        return _produce(original, changed, index, epsilon, format, metadata, gps)
+        return _produce(original, changed, index, budget, format, metadata, gps)
 
     def finished(record: dict[str, Any]) -> None:
         if record["name"] not in done:
@@ -127,7 +127,7 @@ def _produce(
     original: ImageSet,
     changed: ImageSet,
     index: int,
-    epsilon: int | None,
+    budget: Budget,
     format: str,
     metadata: str,
     gps: bool,
@@ -153,7 +153,7 @@ def _produce(
             if sha256(data) != source.sha256:
                 raise PictureError("the file changed while it was being worked on")
             before = decode(data)
-        picture = before.perturbed(_enlarged(delta, before.size))
+        picture = before.perturbed(_rows(budget.enlarge(delta, before.size)))
         data = encode(picture, format="webp" if format == "webp" else "png", metadata=metadata, gps=gps)
         after = decode(data)
     except PictureError as error:
@@ -164,10 +164,8 @@ def _produce(
             "reason": str(error),
         }, None
     similarity = compare(before.rgb, after.rgb)
-    if epsilon is not None and similarity.linf > epsilon:
-        raise BudgetError(
-            f"{record['name']} would differ by {similarity.linf}/255 from its original; the budget is {epsilon}/255."
-        )
+    if excess := budget.excess(similarity, before.size, seen=original.size):
+        raise BudgetError(f"{record['name']} would differ from its original by {excess}.")
     if not np.array_equal(after.rgb, picture.rgb) or not _same_alpha(before, after):
         raise BudgetError(f"{record['name']} did not come back from its {format} bytes as it was written.")
     record.update(
@@ -177,17 +175,6 @@ def _produce(
         notes=list(before.notes),
     )
     return record, data
-
-
-def _enlarged(delta: torch.Tensor, size: tuple[int, int]) -> NDArray[np.int16]:
-    """Return a perturbation, (3, height, width), at a file's own size, as (height, width, 3).
-
-    Linear interpolation never exceeds the values it lies between, so the budget holds.
-    """
-    if (delta.shape[1], delta.shape[2]) != size:
-        larger = F.interpolate(delta[None].float(), size=size, mode="bilinear", align_corners=False)
-        delta = larger[0].round().to(torch.int16)
-    return _rows(delta)
 
 
 def _rows(image: torch.Tensor) -> NDArray[Any]:

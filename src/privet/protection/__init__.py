@@ -1,12 +1,35 @@
 """Protections, one a file, and their names."""
 
-from privet.protection.base import Job, Protection
+from privet.protection.ar import AR
+from privet.protection.base import Bounded, Job, Protection
+from privet.protection.cuda import CUDA
 from privet.protection.em import EM
+from privet.protection.lsp import LSP
+from privet.protection.ops import OPS
 from privet.protection.publication import Publication, publish
 from privet.protection.random_noise import RandomNoise
 from privet.protection.rem import REM
 from privet.protection.sem import SEM
+from privet.protection.tap import TAP
 
-__all__ = ["EM", "METHODS", "REM", "SEM", "Job", "Protection", "Publication", "RandomNoise", "publish"]
+__all__ = [
+    "AR",
+    "CUDA",
+    "EM",
+    "LSP",
+    "METHODS",
+    "OPS",
+    "REM",
+    "SEM",
+    "TAP",
+    "Bounded",
+    "Job",
+    "Protection",
+    "Publication",
+    "RandomNoise",
+    "publish",
+]
 
-METHODS: dict[str, type[Protection]] = {method.name: method for method in (EM, SEM, REM, RandomNoise)}
+METHODS: dict[str, type[Protection]] = {
+    method.name: method for method in (EM, SEM, REM, TAP, LSP, AR, OPS, CUDA, RandomNoise)
+}

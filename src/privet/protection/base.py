@@ -17,7 +17,9 @@ from torch import Tensor
 
 from privet.errors import BudgetError, InputError, UsageError
 from privet.files import write_json
+from privet.images.budget import Budget
 from privet.images.image_set import ImageSet
+from privet.images.similarity import compare_all
 from privet.learning.runtime import Runtime
 from privet.progress import Progress, silent
 from privet.seeds import generator
@@ -77,23 +79,20 @@ class Job:
 class Protection(ABC):
     """A way to choose a perturbation. Subclasses are frozen dataclasses of their settings.
 
-    A method implements `_perturb`; clipping, rounding and checking are done here, once, and no
-    method can leave them out.
-
-    Attributes:
-        epsilon: the budget: no pixel's channel changes by more, in 1/255.
+    A method implements `budget` and `_perturb`; clipping, rounding and checking are done here, once,
+    and no method can leave them out.
     """
-
-    epsilon: int = 8
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "cpu": {}}
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.epsilon, int) and 1 <= self.epsilon <= 127):
-            raise UsageError(
-                f"Expected epsilon as a whole number from 1 to 127 (in 1/255), got {self.epsilon}."
-            )
+        self.budget  # noqa: B018 - an impossible one is refused now, not after hours
+
+    @property
+    @abstractmethod
+    def budget(self) -> Budget:
+        """How far an image may be changed, and in which norm."""
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
@@ -171,16 +170,28 @@ class Protection(ABC):
         delta = delta.cpu().float()
         grey = images.grey[index]
         delta[grey] = delta[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
-        delta = delta.round().clamp_(-self.epsilon, self.epsilon)
-        return (pixels + delta).clamp_(0, 255).to(torch.uint8)
+        return (pixels + self.budget.fit(delta)).clamp_(0, 255).to(torch.uint8)
 
     def _check(self, images: ImageSet, index: Tensor, pixels: Tensor) -> None:
-        difference = pixels[index].to(torch.int16) - images.pixels[index].to(torch.int16)
-        largest = int(difference.abs().max())
-        if largest > self.epsilon:
-            raise BudgetError(
-                f"{self.name} changed a pixel by {largest}/255; its budget is {self.epsilon}/255."
-            )
+        changes = compare_all(images.pixels[index], pixels[index], ssim=False)
+        for position, change in zip(index.tolist(), changes, strict=True):
+            if excess := self.budget.excess(change, images.size, seen=images.size):
+                raise BudgetError(f"{self.name} changed {images.names[position]} by {excess}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded(Protection):
+    """A protection whose budget is L-infinity: nobody sees a change so small, wherever it lies.
+
+    Attributes:
+        epsilon: no channel of a pixel changes by more, in 1/255.
+    """
+
+    epsilon: int = 8
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(norm="linf", amount=self.epsilon)
 
 
 def _output(images: ImageSet, job: Job) -> tuple[Tensor, int]:

@@ -17,7 +17,7 @@ from privet.learning.attack import frozen
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.train import training_step
 from privet.models import create_model
-from privet.protection.base import CHUNK, Job, Perturb, Protection
+from privet.protection.base import CHUNK, Bounded, Job, Perturb
 from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
@@ -26,7 +26,7 @@ MODES = ("sample", "class")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EM(Protection):
+class EM(Bounded):
     """Error-minimizing noise (Huang et al., arXiv 2101.04898): the first unlearnable examples.
 
     Surrogate and noise lower the same loss in turn: min over f, min over |δ| <= ε of CE(f(x + δ), y).

@@ -8,26 +8,48 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from privet.images.budget import Budget, of_length
 from privet.images.image_set import ImageSet
 from privet.protection.base import Job, Perturb, Protection
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomNoise(Protection):
-    """Every channel of every pixel moves by +ε or -ε, at random: all of the budget and no idea.
+    """All of the budget and no idea: noise that knows neither image nor class.
 
     Not a protection but its control. An image set that this protects as well was hard to learn
     for another reason, and an audit says so.
+
+    Attributes:
+        epsilon: the budget, in the unit of its norm (`Budget`).
+        norm: "linf" (every channel of every pixel moves by +ε or -ε), "l2" (normal noise of length ε) or
+            "l0" (ε pixels get random values).
     """
 
+    epsilon: float = 8
+    norm: str = "linf"
+
     name: ClassVar[str] = "random"
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(norm=self.norm, amount=self.epsilon)
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
             shape = (len(index), *images.pixels.shape[1:])
-            sign = torch.randint(0, 2, shape, generator=randomness, device=randomness.device)
-            grey = images.grey[index].to(sign.device)
-            sign[grey] = sign[grey, :1].expand(-1, 3, -1, -1)
-            return (2.0 * sign - 1.0) * self.epsilon
+            device = randomness.device
+            tie = images.grey[index].to(device).view(-1, 1, 1, 1)
+            if self.norm == "l2":
+                noise = torch.randn(shape, generator=randomness, device=device)
+                noise = torch.where(tie, noise[:, :1], noise)
+                return of_length(noise, 255 * self.budget.allowed(images.size, seen=images.size))
+            noise = torch.randint(0, 2, shape, generator=randomness, device=device)
+            noise = torch.where(tie, noise[:, :1], noise)
+            if self.norm == "linf":
+                return (2.0 * noise - 1.0) * self.epsilon
+            rank = torch.rand(shape[0], 1, *shape[2:], generator=randomness, device=device)
+            chosen = rank >= rank.flatten(1).topk(int(self.epsilon)).values[:, -1].view(-1, 1, 1, 1)
+            return torch.where(chosen, 255.0 * noise - images.pixels[index].to(device), 0)
 
         return perturb

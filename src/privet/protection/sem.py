@@ -16,14 +16,14 @@ from privet.learning.attack import frozen, pgd, uniform
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.train import training_step
 from privet.models import create_model
-from privet.protection.base import Job, Perturb, Protection
+from privet.protection.base import Bounded, Job, Perturb
 from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class SEM(Protection):
+class SEM(Bounded):
     """Stable error-minimizing noise (Liu et al., arXiv 2311.13091): noise that survives adversarial training.
 
     A surrogate f is trained adversarially on images that carry the noise, while the noise lowers

@@ -1,0 +1,163 @@
+"""LSP, AR, OPS and CUDA against slow versions of what their papers say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from tests.conftest import blobs
+from torch import Tensor
+
+from privet.errors import InputError, UsageError
+from privet.images import ImageSet, open_images
+from privet.learning import Runtime
+from privet.protection import AR, CUDA, LSP, OPS, Job, RandomNoise, publish
+from privet.protection.ar import find_filters, respond, run
+from privet.protection.lsp import corners
+from privet.protection.ops import scores
+from privet.seeds import generator
+
+
+def grey_noise(count: int, classes: int, size: int = 32) -> ImageSet:
+    """Return images in the middle of the range, so that nothing is clipped."""
+    draws = torch.Generator().manual_seed(3)
+    pixels = torch.randint(90, 160, (count, 3, size, size), dtype=torch.uint8, generator=draws)
+    return ImageSet.from_arrays(
+        pixels, torch.arange(count) % classes, class_names=[str(n) for n in range(classes)]
+    )
+
+
+def change(images: ImageSet, method: LSP | AR | OPS | CUDA | RandomNoise, runtime: Runtime) -> Tensor:
+    return (method.protect(images, Job(runtime=runtime)).pixels.short() - images.pixels.short()).float()
+
+
+def test_a_straight_line_tells_lsp_noise_apart(runtime: Runtime) -> None:
+    images = grey_noise(600, 5)
+    delta = change(images, LSP(), runtime)
+    assert torch.equal(delta[:, :, ::8, ::8], delta[:, :, 7::8, 7::8])  # patches of one colour
+    features = np.c_[delta[:, :, ::8, ::8].flatten(1).numpy(), np.ones(600)]
+    targets = np.eye(5)[images.labels.numpy()]
+    weights = np.linalg.lstsq(features[:300], targets[:300], rcond=None)[0]
+    right = (features[300:] @ weights).argmax(1) == images.labels.numpy()[300:]
+    assert right.mean() > 0.99
+
+
+def test_corners_are_distinct() -> None:
+    found = corners(8, 3, torch.Generator().manual_seed(0))
+    assert len(set(map(tuple, found.tolist()))) == 8
+    assert set(found.unique().tolist()) == {-1.0, 1.0}
+    with pytest.raises(UsageError, match="9 classes cannot be told apart by 3 patches"):
+        corners(9, 3, torch.Generator())
+
+
+def test_a_process_is_the_weighted_sum_of_what_came_before() -> None:
+    draws = np.random.default_rng(0)
+    taps = draws.normal(size=(2, 3, 8)).astype(np.float32) / 4
+    start = draws.normal(size=(2, 3, 7, 6)).astype(np.float32)
+    expected = start.astype(np.float64)
+    for which in np.ndindex(2, 3):
+        for row in range(2, 7):
+            for column in range(2, 6):
+                window = expected[(*which, slice(row - 2, row + 1), slice(column - 2, column + 1))].ravel()
+                expected[(*which, row, column)] = window[:8] @ taps[which]
+    assert np.allclose(run(taps, start), expected, atol=1e-5)
+
+
+def test_filters_respond_to_each_other_and_not_to_their_own() -> None:
+    taps = find_filters(6, 0.3, generator(0, "filters"))
+    assert torch.allclose(taps.sum(2), torch.ones(6, 3), atol=1e-5)
+    start = np.random.default_rng(1).normal(size=(6, 3, 36, 36)).astype(np.float32)
+    processes = torch.from_numpy(run(taps.numpy(), start))
+    table = np.array([[respond(one, process) for process in processes] for one in taps])
+    assert table.diagonal().max() < 1e-5
+    assert (table + np.eye(6)).min() > 0.15
+    with pytest.raises(UsageError, match=r"Only \d of 9 filters respond .* lower it with --set response=50"):
+        find_filters(9, 100.0, generator(0, "filters"))
+
+
+def test_filters_name_the_class_of_written_ar_noise(runtime: Runtime, tmp_path: Path) -> None:
+    images = grey_noise(60, 6)
+    publish(images, AR(), tmp_path / "out", runtime=runtime)
+    protected = open_images(tmp_path / "out")
+    order = [images.names.index(name) for name in protected.names]
+    delta = protected.pixels.float() - images.pixels[order].float()
+    taps = find_filters(6, 0.3, generator(0, "filters"))
+    named = torch.tensor([min(range(6), key=lambda n: respond(taps[n], one)) for one in delta])
+    assert float((named == protected.labels).float().mean()) > 0.95
+
+
+def test_ops_scores_are_those_of_the_definition() -> None:
+    images = blobs(14, size=(3, 4))
+    colours = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1]], dtype=torch.float64)
+    found = scores(images, colours)
+    for label in range(3):
+        x = images.pixels[images.labels == label].double().numpy() / 255
+        for number, colour in enumerate(colours.numpy()):
+            distance = np.abs(colour[None, :, None, None] - x)
+            expected = distance.mean((0, 1)) / distance.std((0, 1))
+            assert np.allclose(found[label, number].view(3, 4).numpy(), expected)
+
+
+def test_ops_sets_one_pixel_of_one_colour_for_each_class(runtime: Runtime) -> None:
+    images = blobs(30, size=(6, 6), classes=5)
+    protected = OPS().protect(images, Job(runtime=runtime)).pixels
+    changed = (protected != images.pixels).any(1).flatten(1)
+    places = changed.int().argmax(1)
+    assert changed.sum(1).tolist() == [1] * 30
+    for label in range(5):
+        members = images.labels == label
+        assert len(places[members].unique()) == 1
+        pixel = protected[members].flatten(2)[:, :, places[members][0]]
+        assert bool((pixel == pixel[0]).all())
+        assert set(pixel[0].tolist()) <= {0, 255}
+    assert len({int(places[images.labels == label][0]) for label in range(5)}) == 5
+
+
+def test_ops_needs_a_pixel_for_each_class(runtime: Runtime) -> None:
+    images = blobs(5, size=(2, 2), classes=5)
+    with pytest.raises(InputError, match="5 classes need 5 pixels of their own, but images have 4"):
+        OPS().protect(images, Job(runtime=runtime))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_cuda_filters_each_class_in_its_own_way(runtime: Runtime, kernel: int) -> None:
+    images = blobs(6, size=(9, 7))
+    protected = CUDA(kernel=kernel).protect(images, Job(runtime=runtime)).pixels
+    draws = generator(0, "filters")
+    filters = torch.rand(3, kernel**2, generator=draws) * 0.3
+    filters.scatter_(1, torch.randint(0, kernel**2, (3, 1), generator=draws), 1.0)
+    for before, after, label in zip(images.pixels.double().numpy(), protected, images.labels, strict=True):
+        own = filters[label].view(kernel, kernel).double().numpy()
+        seen = np.stack([scipy.ndimage.correlate(channel, own, mode="constant") for channel in before])
+        assert np.abs(after.numpy() - (255 * seen / seen.max()).round()).max() <= 1
+
+
+@pytest.mark.parametrize("pixels", [1, 3])
+def test_random_pixels_are_as_many_as_asked(runtime: Runtime, pixels: int) -> None:
+    images = grey_noise(20, 2, 8)
+    delta = change(images, RandomNoise(norm="l0", epsilon=pixels), runtime)
+    assert (delta != 0).any(1).flatten(1).sum(1).tolist() == [pixels] * 20
+
+
+def test_random_noise_of_an_l2_budget_uses_it(runtime: Runtime) -> None:
+    delta = change(grey_noise(5, 2), RandomNoise(norm="l2", epsilon=1.0), runtime) / 255
+    assert 0.97 < float(delta.flatten(1).norm(dim=1).min()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LSP(patch=0), "lsp needs a patch of at least 1 pixel, got 0"),
+        (lambda: LSP(epsilon=0), "Expected a positive budget, got 0"),
+        (lambda: AR(epsilon=-1), "Expected a positive budget, got -1"),
+        (lambda: OPS(epsilon=0), "Expected a whole number of pixels, at least 1, got 0"),
+        (lambda: CUDA(kernel=4), "cuda needs an odd kernel and a positive blur, got 4 and 0.3"),
+        (lambda: RandomNoise(norm="l3"), "Unknown norm 'l3'; expected one of linf, l2, l0, none"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: object, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make()  # type: ignore[operator]
