@@ -11,9 +11,9 @@ from tests.images.test_write import shifted, tree
 
 from privet.audit import Cell, Plan, RunStore, run_audit
 from privet.errors import InputError, OutputError
-from privet.images import open_images, pair, write_images
+from privet.images import compare_all, open_images, pair, write_images
 from privet.learning import Learner, Runtime
-from privet.protection import EM
+from privet.protection import AR, CUDA, EM, OPS, Protection, RandomNoise
 from privet.protection.publication import publish
 from privet.report import write_report
 
@@ -158,3 +158,39 @@ def test_a_damaged_store_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "cells.jsonl").write_text('{"cell": {"colour": 1}}\n')
     with pytest.raises(OutputError, match=r"cells.jsonl is damaged: .* Delete it to run its cells again"):
         RunStore(tmp_path / "cells.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("method", "norm"), [(OPS(), "l0"), (AR(), "l2"), (CUDA(), "l2"), (RandomNoise(epsilon=5), "linf")]
+)
+def test_the_control_is_noise_of_the_protection_s_norm(
+    make_folder: Make, runtime: Runtime, tmp_path: Path, method: Protection, norm: str
+) -> None:
+    clean, test = make_folder(blobs(24), "clean"), make_folder(blobs(12, seed=1), "test")
+    publish(open_images(clean), method, tmp_path / "protected", runtime=runtime, seed=1)
+    plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
+    audit = run_audit(
+        clean, tmp_path / "protected", test=test, out=tmp_path / "out", plan=plan, runtime=runtime
+    )
+    assert not [flag for flag in audit.flags if flag.name == "over-budget"]
+    settings = json.loads((tmp_path / "out/control/run.json").read_text())["settings"]
+    assert settings["norm"] == norm
+    control = compare_all(*(one.pixels for one in pair(audit.material.clean, audit.material.random)))
+    worst, largest = (
+        max(getattr(one, norm) for one in changes) for changes in (control, audit.material.similarities)
+    )
+    assert 0.85 * largest <= worst <= largest * 1.000001
+
+
+def test_files_that_leave_the_claimed_budget_are_flagged(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, protected, test = sets
+    run = json.loads((protected / "run.json").read_text())
+    run["budget"]["amount"] = 2
+    (protected / "run.json").write_text(json.dumps(run))
+    plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
+    audit = run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
+    (flag,) = [flag for flag in audit.flags if flag.name == "over-budget"]
+    assert flag.grave and "3/255; the budget is 2/255" in flag.says
+    assert audit.verdict.grade == "inconclusive"
