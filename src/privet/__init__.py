@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "images": ("Budget", "ImageSet", "open_images", "write_images"),
     "models": ("create_model", "load_model", "save_model"),
-    "learning": ("Learner", "Runtime", "learn", "study"),
+    "learning": ("Job", "Learner", "Runtime", "learn", "study"),
     "protection": (
         "AR",
         "CUDA",
@@ -28,12 +28,11 @@ _HOMES = {
         "REM",
         "SEM",
         "TAP",
-        "Job",
         "Protection",
         "RandomNoise",
         "publish",
     ),
-    "recovery": ("JPEG", "AdversarialTraining", "Grayscale", "Recovery", "create_recovery"),
+    "recovery": ("Recovery", "create_recovery", "restore"),
     "audit": ("Audit", "Plan", "plan", "run_audit"),
     "report": ("write_report",),
     "errors": ("PrivetError",),
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from privet.images import ImageSet as ImageSet
     from privet.images import open_images as open_images
     from privet.images import write_images as write_images
+    from privet.learning import Job as Job
     from privet.learning import Learner as Learner
     from privet.learning import Runtime as Runtime
     from privet.learning import learn as learn
@@ -67,15 +67,12 @@ if TYPE_CHECKING:
     from privet.protection import REM as REM
     from privet.protection import SEM as SEM
     from privet.protection import TAP as TAP
-    from privet.protection import Job as Job
     from privet.protection import Protection as Protection
     from privet.protection import RandomNoise as RandomNoise
     from privet.protection import publish as publish
-    from privet.recovery import JPEG as JPEG
-    from privet.recovery import AdversarialTraining as AdversarialTraining
-    from privet.recovery import Grayscale as Grayscale
     from privet.recovery import Recovery as Recovery
     from privet.recovery import create_recovery as create_recovery
+    from privet.recovery import restore as restore
     from privet.report import write_report as write_report
 
 

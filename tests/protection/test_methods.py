@@ -20,6 +20,7 @@ from torch import Tensor
 from privet.errors import BudgetError, InputError, OutputError, UsageError
 from privet.images import ImageSet, compare_all, open_images
 from privet.learning import Runtime
+from privet.learning import chunks as module
 from privet.protection import (
     AR,
     CUDA,
@@ -35,7 +36,6 @@ from privet.protection import (
     Protection,
     RandomNoise,
 )
-from privet.protection import base as module
 from privet.protection.base import Perturb
 from privet.protection.publication import publish
 
@@ -297,7 +297,7 @@ def test_nonsense_from_a_method_is_one_error(runtime: Runtime, broken: dict[str,
 def test_bytes_that_are_tampered_with_are_found(runtime: Runtime, tmp_path: Path) -> None:
     images = blobs(4)
     RandomNoise().protect(images, job(runtime, tmp_path))
-    array = np.load(tmp_path / "protected.npy", mmap_mode="r+")
+    array = np.load(tmp_path / "changed.npy", mmap_mode="r+")
     array[0, 0, 0, 0] = int(images.pixels[0, 0, 0, 0]) - 9
     array.flush()
     with pytest.raises(BudgetError, match=r"random changed \S+ by 9/255; the budget is 8/255"):

@@ -20,11 +20,10 @@ from privet.audit.verdict import Verdict, judge
 from privet.errors import InputError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json
 from privet.images import Budget, ImageSet, Similarity, align, compare_all, open_images, pair
-from privet.learning import Learner, Runtime, learn
+from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.runtime import describe_device, use_threads
 from privet.progress import Progress, silent
-from privet.protection import RandomNoise
-from privet.protection.publication import publish
+from privet.protection import RandomNoise, publish
 from privet.recovery import create_recovery
 
 CONTROL = "control"
@@ -117,7 +116,10 @@ def run_audit(
     store = RunStore(out / CELLS)
     todo = [cell for cell in plan.cells() if cell not in store.results]
     total = len(plan.cells())
-    for cell, result, seconds in _train(todo, material.sets(), plan, runtime, out, workers, threads):
+    sets = material.sets()
+    for data, recovery in dict.fromkeys((cell.data, cell.recovery) for cell in todo):
+        recover(sets[data], data, recovery, out=out, runtime=runtime, seed=seed, progress=progress)
+    for cell, result, seconds in _train(todo, sets, plan, runtime, seed, out, workers, threads):
         store.add(cell, result, seconds=seconds)
         if finished is not None:
             finished(cell, result, total - len(todo) + sum(one in store.results for one in todo), total)
@@ -209,6 +211,7 @@ def _train(
     sets: dict[str, ImageSet],
     plan: Plan,
     runtime: Runtime,
+    seed: int,
     out: Path,
     workers: int,
     threads: int,
@@ -216,7 +219,7 @@ def _train(
     """Yield each cell's result and its seconds, as they come."""
     if workers <= 1 or len(cells) <= 1:
         with use_threads(threads):
-            trainer = Trainer(sets, plan, runtime, out)
+            trainer = Trainer(sets, plan, runtime, seed, out)
             for cell in cells:
                 yield trainer(cell)
         return
@@ -225,7 +228,7 @@ def _train(
         workers,
         mp_context=context,
         initializer=_start,
-        initargs=(sets, plan, runtime, out, threads),
+        initargs=(sets, plan, runtime, seed, out, threads),
     ) as pool:
         waiting: set[Future[tuple[Cell, dict[str, Any], float]]] = {
             pool.submit(_work, cell) for cell in cells
@@ -238,11 +241,27 @@ def _train(
             pool.shutdown(cancel_futures=True)
 
 
+def recover(
+    images: ImageSet,
+    data: str,
+    recovery: str,
+    *,
+    out: Path,
+    runtime: Runtime,
+    seed: int,
+    progress: Progress = silent,
+) -> ImageSet:
+    """Return what a recovery makes of one of the three sets, from disk if it was made before."""
+    folder = out / WORKSPACE / f"{data}-{recovery}"
+    job = Job(runtime=runtime, seed=seed, workspace=folder, progress=progress)
+    return create_recovery(recovery).recover(images, job)
+
+
 class Trainer:
     """Trains one cell after the other, keeping the images that the last one used."""
 
-    def __init__(self, sets: dict[str, ImageSet], plan: Plan, runtime: Runtime, out: Path) -> None:
-        self.sets, self.plan, self.runtime, self.out = sets, plan, runtime, out
+    def __init__(self, sets: dict[str, ImageSet], plan: Plan, runtime: Runtime, seed: int, out: Path) -> None:
+        self.sets, self.plan, self.runtime, self.seed, self.out = sets, plan, runtime, seed, out
         self.key: tuple[str, str] | None = None
         self.images: tuple[ImageSet, ImageSet]
 
@@ -252,7 +271,14 @@ class Trainer:
         recovery = create_recovery(cell.recovery)
         if self.key != (cell.data, cell.recovery):
             self.images = (
-                recovery.recover(self.sets[cell.data]),
+                recover(
+                    self.sets[cell.data],
+                    cell.data,
+                    cell.recovery,
+                    out=self.out,
+                    runtime=self.runtime,
+                    seed=self.seed,
+                ),
                 recovery.present(self.sets["test"]),
             )
             self.key = cell.data, cell.recovery
@@ -275,10 +301,12 @@ class Trainer:
 _trainer: Trainer | None = None
 
 
-def _start(sets: dict[str, ImageSet], plan: Plan, runtime: Runtime, out: Path, threads: int) -> None:
+def _start(
+    sets: dict[str, ImageSet], plan: Plan, runtime: Runtime, seed: int, out: Path, threads: int
+) -> None:
     global _trainer
     torch.set_num_threads(threads)
-    _trainer = Trainer(sets, plan, runtime, out)
+    _trainer = Trainer(sets, plan, runtime, seed, out)
 
 
 def _work(cell: Cell) -> tuple[Cell, dict[str, Any], float]:

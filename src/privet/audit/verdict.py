@@ -102,11 +102,17 @@ def judge(plan: Plan, table: Sequence[Row], flags: Sequence[Flag], facts: Facts)
 
 def describe(recovery: str) -> str:
     """Return a recovery's name in words."""
+    if "+" in recovery:
+        return " and then ".join(map(describe, recovery.split("+")))
     kind, _, number = recovery.partition("-")
     return {
         "none": "plain training",
         "grayscale": "grayscale",
         "jpeg": f"JPEG at quality {number}",
+        "bitdepth": f"{number} bits a channel",
+        "blur": f"a blur of {number} px",
+        "projection": "orthogonal projection",
+        "coin": "random interpolation (COIN)",
         "adversarial": f"adversarial training at {number}/255",
     }.get(kind, recovery)
 

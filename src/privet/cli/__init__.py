@@ -16,6 +16,7 @@ from privet.cli.audit import audit
 from privet.cli.doctor import doctor
 from privet.cli.learn import learn
 from privet.cli.protect import protect
+from privet.cli.recover import recover
 from privet.cli.show import show
 from privet.errors import EXIT_CODES, INTERRUPTED, OK, OutputError, PrivetError, UsageError
 
@@ -26,7 +27,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="Exit codes:\n\n" + "\n".join(f"- {code}: {words}" for code, words in EXIT_CODES.items()),
 )
-for verb in (protect, audit, learn, show, doctor):
+for verb in (protect, recover, audit, learn, show, doctor):
     app.command(verb)
 
 messages = Console(stderr=True, highlight=False)

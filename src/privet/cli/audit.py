@@ -54,7 +54,8 @@ def audit(
         Default: paper where there is a GPU, else cpu.
     recoveries
         What is tried against the protection, with commas between: none, jpeg-QUALITY, grayscale,
-        adversarial-RADIUS. Default: none,jpeg-10,jpeg-50,jpeg-75,grayscale,adversarial-4.
+        bitdepth-BITS, blur-SIGMA, projection, coin, adversarial-RADIUS, or several joined by +.
+        Default: none,jpeg-10,jpeg-50,jpeg-75,grayscale,adversarial-4.
     architectures
         Networks of the learners, with commas between.
     seeds

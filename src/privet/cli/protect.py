@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich import print as say
-from rich.markup import escape
 
-from privet.cli.screen import progress
-from privet.errors import OK, PARTIAL, OutputError, UsageError
+from privet.cli.screen import progress, written
+from privet.errors import OutputError, UsageError
 
 
 def protect(
@@ -86,8 +84,7 @@ def protect(
     from privet.images import open_images
     from privet.images.picture import check_format
     from privet.learning import Runtime
-    from privet.protection import METHODS
-    from privet.protection.publication import publish
+    from privet.protection import METHODS, publish
 
     if format != "parquet":
         check_format(format)
@@ -126,18 +123,7 @@ def protect(
             workers=workers,
             progress=listener,
         )
-    if here.rank > 0:
-        return OK
-    written = published.written
-    say(f"{written.ok:,} images protected with {method} and written to {escape(str(out))}")
-    if not written.skipped:
-        return OK
-    say(f"{len(written.skipped):,} skipped:")
-    for record in written.skipped[:10]:
-        say(f"  {escape(record['file'])}: {escape(record['reason'])}")
-    if len(written.skipped) > 10:
-        say(f"  ... and {len(written.skipped) - 10} more, all in {escape(str(out / 'manifest.jsonl'))}")
-    return PARTIAL
+    return written(published, f"protected with {method}", rank=here.rank)
 
 
 def parse_settings(kind: type[Any], assignments: list[str]) -> dict[str, Any]:

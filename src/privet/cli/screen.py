@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from rich import print as say
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from privet.errors import OK, PARTIAL
 from privet.progress import Progress as Listener
 from privet.progress import silent
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from privet.learning import Publication
 
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 
@@ -76,3 +83,19 @@ class _Lines:
         self.console.print(
             f"{stage}: {done / total:.0%}, {rate:,.0f} images/s, {left:,.0f} s left", soft_wrap=True
         )
+
+
+def written(publication: Publication, what: str, *, rank: int) -> int:
+    """Say what was written and what was skipped, and return the exit code."""
+    if rank > 0:
+        return OK
+    records, out = publication.written, publication.out
+    say(f"{records.ok:,} images {what} and written to {escape(str(out))}")
+    if not records.skipped:
+        return OK
+    say(f"{len(records.skipped):,} skipped:")
+    for record in records.skipped[:10]:
+        say(f"  {escape(record['file'])}: {escape(record['reason'])}")
+    if len(records.skipped) > 10:
+        say(f"  ... and {len(records.skipped) - 10} more, all in {escape(str(out / 'manifest.jsonl'))}")
+    return PARTIAL

@@ -2,7 +2,10 @@
 
 from privet.learning.attack import frozen, input_gradient, pgd, uniform
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
+from privet.learning.chunks import change_in_chunks
 from privet.learning.files import study
+from privet.learning.job import Job
+from privet.learning.publication import Publication, publish_changed
 from privet.learning.runtime import Runtime
 from privet.learning.train import (
     Epoch,
@@ -17,16 +20,20 @@ from privet.learning.train import (
 
 __all__ = [
     "Epoch",
+    "Job",
     "Learned",
     "Learner",
+    "Publication",
     "Runtime",
     "accuracy",
+    "change_in_chunks",
     "frozen",
     "input_gradient",
     "learn",
     "load_checkpoint",
     "make_optimizer",
     "pgd",
+    "publish_changed",
     "save_checkpoint",
     "schedule",
     "study",

@@ -1,12 +1,13 @@
 """Protections, one a file, and their names."""
 
+from privet.learning import Job, Publication
 from privet.protection.ar import AR
-from privet.protection.base import Bounded, Job, Protection
+from privet.protection.base import Bounded, Protection
 from privet.protection.cuda import CUDA
 from privet.protection.em import EM
 from privet.protection.lsp import LSP
 from privet.protection.ops import OPS
-from privet.protection.publication import Publication, publish
+from privet.protection.publication import publish
 from privet.protection.random_noise import RandomNoise
 from privet.protection.rem import REM
 from privet.protection.sem import SEM

@@ -14,7 +14,8 @@ from torch import Tensor
 from privet.errors import UsageError
 from privet.images.budget import Budget, of_length
 from privet.images.image_set import ImageSet
-from privet.protection.base import Job, Perturb, Protection
+from privet.learning.job import Job
+from privet.protection.base import Perturb, Protection
 from privet.seeds import generator
 
 TAPS = 8  # a 3 x 3 window without its last pixel, which is the one to be predicted

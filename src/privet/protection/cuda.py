@@ -12,7 +12,8 @@ from torch import Tensor
 from privet.errors import UsageError
 from privet.images.budget import UNBOUNDED, Budget
 from privet.images.image_set import ImageSet
-from privet.protection.base import Job, Perturb, Protection
+from privet.learning.job import Job
+from privet.protection.base import Perturb, Protection
 from privet.seeds import generator
 
 

@@ -15,9 +15,11 @@ from privet.images.augment import augmentation_for
 from privet.images.image_set import ImageSet
 from privet.learning.attack import frozen
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
+from privet.learning.chunks import CHUNK
+from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
-from privet.protection.base import CHUNK, Bounded, Job, Perturb
+from privet.protection.base import Bounded, Perturb
 from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator

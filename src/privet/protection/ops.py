@@ -11,7 +11,9 @@ from torch import Tensor
 from privet.errors import InputError
 from privet.images.budget import Budget
 from privet.images.image_set import ImageSet
-from privet.protection.base import CHUNK, Job, Perturb, Protection
+from privet.learning.chunks import CHUNK
+from privet.learning.job import Job
+from privet.protection.base import Perturb, Protection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from privet.images.budget import Budget, of_length
 from privet.images.image_set import ImageSet
-from privet.protection.base import Job, Perturb, Protection
+from privet.learning.job import Job
+from privet.protection.base import Perturb, Protection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.learning.attack import pgd
-from privet.protection.base import Job
+from privet.learning.job import Job
 from privet.protection.sem import SEM
 
 

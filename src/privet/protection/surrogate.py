@@ -6,8 +6,9 @@ from torch import nn
 
 from privet.errors import InputError
 from privet.images.image_set import ImageSet
+from privet.learning.job import Job
 from privet.models import SavedModel, load_model, save_model
-from privet.protection.base import Job, Protection
+from privet.protection.base import Protection
 
 FILE = "surrogate.safetensors"
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
 
 from privet.images.image_set import ImageSet
+from privet.learning.chunks import Change, change_in_chunks
+from privet.learning.job import Job
 from privet.learning.train import Learner
 
 
 class Recovery(ABC):
-    """What an unauthorised party does against a protection: to the images, or to its training."""
+    """What an unauthorised party does against a protection: to the images, or to its training.
+
+    It has the protected images and their labels, and never the clean ones.
+    """
 
     @property
     @abstractmethod
     def name(self) -> str:
         """The name that `create_recovery` takes."""
 
-    def recover(self, images: ImageSet) -> ImageSet:
+    def recover(self, images: ImageSet, job: Job) -> ImageSet:
         """Return the training images as the learner gets them."""
         return images
 
@@ -27,6 +36,31 @@ class Recovery(ABC):
     def adapt(self, learner: Learner) -> Learner:
         """Return how the learner trains."""
         return learner
+
+
+class ImageRecovery(Recovery):
+    """A recovery that changes the training images; it implements `_change`, and grey files stay grey."""
+
+    @final
+    def recover(self, images: ImageSet, job: Job) -> ImageSet:
+        """Return the training images as the learner gets them, made chunk by chunk."""
+
+        def prepare() -> Change:
+            change = self._change(images, job)
+
+            def keep_grey(index: Tensor, randomness: torch.Generator) -> Tensor:
+                pixels = change(index, randomness).cpu()
+                grey = images.grey[index]
+                pixels[grey] = pixels[grey].float().mean(1, keepdim=True).round().to(torch.uint8)
+                return pixels
+
+            return keep_grey
+
+        return images.with_pixels(change_in_chunks(images, job, prepare, purpose="recover"))
+
+    @abstractmethod
+    def _change(self, images: ImageSet, job: Job) -> Change:
+        """Do what has to be done once, and return the function that recovers a chunk of the images."""
 
 
 class Nothing(Recovery):

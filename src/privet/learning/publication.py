@@ -1,0 +1,127 @@
+"""Change an image set and write it, as one job that can be killed at any moment."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import PIL
+import torch
+
+import privet
+from privet.files import WORKSPACE, claim, finish, read_lines, write_bytes
+from privet.images.budget import UNBOUNDED, Budget
+from privet.images.image_set import ImageSet
+from privet.images.source import MANIFEST
+from privet.images.write import Written, still_there, write_images
+from privet.learning.job import Job
+from privet.learning.runtime import describe_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """A changed image set on disk.
+
+    Attributes:
+        out: its folder.
+        written: what was written and what was skipped.
+        run: the contents of run.json.
+    """
+
+    out: Path
+    written: Written
+    run: dict[str, Any]
+
+
+def publish_changed(
+    images: ImageSet,
+    change: Callable[[], ImageSet],
+    out: Path,
+    *,
+    job: Job,
+    record: Mapping[str, Any],
+    budget: Budget = UNBOUNDED,
+    keep: Sequence[str] = (),
+    format: str = "png",
+    metadata: str = "keep",
+    gps: bool = False,
+    workers: int = 4,
+) -> Publication:
+    """Write what `change` makes of `images` to `out`.
+
+    The folder gets the images under their old names, manifest.jsonl (what happened to each) and
+    run.json (every setting, so that the run can be repeated). Called again after a kill, with the
+    same arguments, it goes on and ends with the same bytes.
+
+    Args:
+        images: the images as opened.
+        change: returns them with other pixels; called only if something is left to do.
+        out: a folder that is new, or this run's own.
+        job: what `change` works in; gets its workspace here.
+        record: what the bytes depend on beside the job and the images; goes into run.json.
+        budget: what the written bytes must keep.
+        keep: files of the workspace that the folder gets too, if they are there.
+        format: as for `write_images`.
+        metadata: likewise.
+        gps: likewise.
+        workers: likewise.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written.
+        PrivetError: as `change` and `write_images`.
+    """
+    runtime = job.runtime
+    run = {
+        "privet": privet.__version__,
+        **record,
+        "seed": job.seed,
+        "data": images.digest,
+        "images": len(images),
+        "size": list(images.size),
+        "class_names": list(images.class_names),
+        "format": format,
+        "metadata": metadata,
+        "gps": gps,
+        "precision": runtime.precision,
+        "compile": runtime.compile,
+        "device": describe_device(runtime.device, torch.get_num_threads()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "pillow": PIL.__version__,
+        },
+    }
+    if runtime.rank == 0 and claim(out, run) and (written := _intact(out)) and runtime.world == 1:
+        return Publication(out=out, written=written, run=run)
+    runtime.wait()
+    job.workspace = out / WORKSPACE
+    changed = change()
+    if runtime.rank > 0:
+        return Publication(out=out, written=Written(records=()), run=run)
+    written = write_images(
+        images,
+        changed,
+        out,
+        budget=budget,
+        format=format,
+        metadata=metadata,
+        gps=gps,
+        workers=workers,
+        progress=job.progress,
+    )
+    for name in keep:
+        if (job.workspace / name).exists():
+            write_bytes(out / name, (job.workspace / name).read_bytes())
+    finish(out, run, job.facts)
+    return Publication(out=out, written=written, run={**run, "facts": job.facts})
+
+
+def _intact(out: Path) -> Written | None:
+    """Return what a finished run wrote, if all of it is still there unchanged."""
+    records = tuple(read_lines(out / MANIFEST))
+    return Written(records=records) if records and all(still_there(out, one) for one in records) else None

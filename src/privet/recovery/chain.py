@@ -1,0 +1,40 @@
+"""Recoveries one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from privet.images.image_set import ImageSet
+from privet.learning.job import Job
+from privet.learning.train import Learner
+from privet.recovery.base import Recovery
+
+
+@dataclass(frozen=True)
+class Chain(Recovery):
+    """Each recovery works on what the one before it left."""
+
+    parts: tuple[Recovery, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(part.name for part in self.parts)
+
+    def recover(self, images: ImageSet, job: Job) -> ImageSet:
+        for number, part in enumerate(self.parts):
+            own = dataclasses.replace(job, workspace=job.file(f"{number}-{part.name}"), facts={})
+            images = part.recover(images, own)
+            if own.facts:
+                job.facts[part.name] = own.facts
+        return images
+
+    def present(self, images: ImageSet) -> ImageSet:
+        for part in self.parts:
+            images = part.present(images)
+        return images
+
+    def adapt(self, learner: Learner) -> Learner:
+        for part in self.parts:
+            learner = part.adapt(learner)
+        return learner
