@@ -11,9 +11,11 @@ DEMO := demo-run
 demo: $(VENV)/demo
 	rm -rf $(DEMO)
 	$(BIN)/python examples/digits.py $(DEMO)/digits
-	$(BIN)/privet protect $(DEMO)/digits/train --out $(DEMO)/protected --method sem --preset cpu --set flip=no
+	$(BIN)/privet protect $(DEMO)/digits/train --out $(DEMO)/protected --method sem --preset cpu \
+	    --set flip=no --set train_steps=400 --set decay_steps=400
+	$(BIN)/privet show $(DEMO)/digits/train $(DEMO)/protected --out $(DEMO)/strips.png
 	$(BIN)/privet audit $(DEMO)/digits/train $(DEMO)/protected --test $(DEMO)/digits/test --out $(DEMO)/audit \
-	    --preset cpu --no-flip
+	    --preset cpu --no-flip --architectures resnet8,vgg11-w16 --recoveries none,jpeg-10 --epochs 12
 
 test: lint
 	$(BIN)/python -m pytest -n 2
