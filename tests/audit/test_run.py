@@ -15,6 +15,7 @@ from privet.images import compare_all, open_images, pair, write_images
 from privet.learning import Learner, Runtime
 from privet.protection import AR, CUDA, EM, OPS, Protection, RandomNoise
 from privet.protection.publication import publish
+from privet.recovery import PriorTraining, train_prior
 from privet.report import write_report
 
 Make = Callable[..., Path]
@@ -194,3 +195,25 @@ def test_files_that_leave_the_claimed_budget_are_flagged(
     (flag,) = [flag for flag in audit.flags if flag.name == "over-budget"]
     assert flag.grave and "3/255; the budget is 2/255" in flag.says
     assert audit.verdict.grade == "inconclusive"
+
+
+def test_a_recovery_with_a_prior_is_audited_and_what_it_saw_is_flagged(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
+    clean, protected, test = sets
+    training = PriorTraining(scale="tiny", steps=2, batch_size=8)
+    train_prior(open_images(test, limit=5), training, tmp_path / "prior", runtime=runtime)
+    plan = replace(
+        PLAN,
+        recoveries=("none", "purify+grayscale"),
+        architectures=("cnn-w4",),
+        seeds=(0,),
+        prior=str(tmp_path / "prior"),
+    )
+    audit = run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
+    assert len(audit.results) == 6
+    (flag,) = [flag for flag in audit.flags if flag.name.startswith("prior")]
+    assert flag.name == "prior-saw-test" and "5 of the 30 images" in flag.says
+    page = write_report(audit, tmp_path / "out").read_text()
+    assert "purification by a diffusion prior and then grayscale" in page

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import blobs
 
-from privet.audit.flags import Facts, Flag, find_flags
+from privet.audit.flags import Facts, Flag, Overlap, find_flags
 from privet.audit.statistics import Row, Spread, chance, interval, kept, rows, select
 from privet.audit.store import Cell, Plan, plan
 from privet.audit.verdict import Verdict, judge
@@ -150,6 +150,9 @@ def test_a_narrow_audit_never_says_that_a_protection_holds(grid: Plan, facts: Fa
         ({"overlap": 500}, "test-overlap", True),
         ({"unpaired": 3}, "unpaired", False),
         ({"test": 100}, "small-test", False),
+        ({"prior": Overlap(clean=3, test=0)}, "prior-saw-originals", False),
+        ({"prior": Overlap(clean=0, test=1)}, "prior-saw-test", False),
+        ({"prior": Overlap(clean=None, test=None)}, "prior-unknown", False),
         ({"excess": "9/255; the budget is 8/255"}, "over-budget", True),
     ],
 )

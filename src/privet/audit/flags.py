@@ -29,6 +29,19 @@ class Flag:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """How many images a prior has seen that it should not have; None where it does not tell what it saw.
+
+    Attributes:
+        clean: of the originals of the protected images.
+        test: of the test images.
+    """
+
+    clean: int | None
+    test: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of the files beside the grid.
 
@@ -41,6 +54,7 @@ class Facts:
         linf: the largest change of a pixel, in 1/255.
         excess: by what an image exceeds the budget that run.json claims, or None.
         protection: run.json of the protected set, if it has one.
+        prior: what the prior that recoveries denoise with has seen, if there is one.
     """
 
     chance: float
@@ -51,6 +65,7 @@ class Facts:
     linf: int
     excess: str | None
     protection: dict[str, Any] | None
+    prior: Overlap | None = None
 
 
 # A flag is raised beyond these.
@@ -68,6 +83,7 @@ def find_flags(plan: Plan, table: Sequence[Row], facts: Facts) -> list[Flag]:
         *_design(plan, facts),
         *_training(table),
         *_files(facts),
+        *_prior(facts),
     ]
     return sorted(flags, key=lambda flag: not flag.grave)
 
@@ -164,6 +180,33 @@ def _training(table: Sequence[Row]) -> list[Flag]:
                 f"a standard deviation of {worst.last.sd:.1%}. Use more seeds.",
             )
         )
+    return flags
+
+
+def _prior(facts: Facts) -> list[Flag]:
+    if facts.prior is None:
+        return []
+    if facts.prior.clean is None:
+        return [
+            Flag(
+                name="prior-unknown",
+                says="Nobody knows which images the prior was trained on. If the originals or the test images were "
+                "among them, recoveries with it look better than they are.",
+            )
+        ]
+    flags = []
+    for seen, total, name, whose in (
+        (facts.prior.clean, facts.paired, "prior-saw-originals", "the originals of the protected images"),
+        (facts.prior.test or 0, facts.test, "prior-saw-test", "the test images"),
+    ):
+        if seen:
+            flags.append(
+                Flag(
+                    name=name,
+                    says=f"The prior was trained on {seen} of the {total} images that are {whose}, which nobody who "
+                    "attacks has. Recoveries with it look better than they are; train one on other images.",
+                )
+            )
     return flags
 
 

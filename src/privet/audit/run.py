@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import privet
-from privet.audit.flags import Facts, Flag, find_flags
+from privet.audit.flags import Facts, Flag, Overlap, find_flags
 from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
@@ -24,7 +24,8 @@ from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.runtime import describe_device, use_threads
 from privet.progress import Progress, silent
 from privet.protection import RandomNoise, publish
-from privet.recovery import create_recovery
+from privet.recovery import create_recovery, load_prior
+from privet.recovery.prior import fingerprints
 
 CONTROL = "control"
 LARGE = 32  # in 1/255; beyond it nobody claims an L-infinity budget
@@ -112,13 +113,13 @@ def run_audit(
         "torch": torch.__version__,
     }
     claim(out, run)
-    material = _prepare(first, second, third, _protection(protected), out, runtime, seed, progress)
+    material = _prepare(first, second, third, _protection(protected), plan, out, runtime, seed, progress)
     store = RunStore(out / CELLS)
     todo = [cell for cell in plan.cells() if cell not in store.results]
     total = len(plan.cells())
     sets = material.sets()
     for data, recovery in dict.fromkeys((cell.data, cell.recovery) for cell in todo):
-        recover(sets[data], data, recovery, out=out, runtime=runtime, seed=seed, progress=progress)
+        recover(sets[data], data, recovery, plan=plan, out=out, runtime=runtime, seed=seed, progress=progress)
     for cell, result, seconds in _train(todo, sets, plan, runtime, seed, out, workers, threads):
         store.add(cell, result, seconds=seconds)
         if finished is not None:
@@ -143,6 +144,7 @@ def _prepare(
     protected: ImageSet,
     test: ImageSet,
     protection: dict[str, Any] | None,
+    plan: Plan,
     out: Path,
     runtime: Runtime,
     seed: int,
@@ -170,6 +172,7 @@ def _prepare(
         linf=linf,
         excess=next((words for one in similarities if (words := _excess(claimed, one, clean.size))), None),
         protection=protection,
+        prior=_overlap(plan.prior, clean, test, runtime) if plan.prior else None,
     )
     return Material(
         clean=clean,
@@ -194,6 +197,14 @@ def _control(changes: Sequence[Similarity], size: tuple[int, int], claimed: Budg
         return RandomNoise(norm="l0", epsilon=max(change.l0 for change in changes))
     for_each = Budget(norm="l2", amount=1).allowed(size, seen=size)
     return RandomNoise(norm="l2", epsilon=max(change.l2 for change in changes) / for_each)
+
+
+def _overlap(source: str, clean: ImageSet, test: ImageSet, runtime: Runtime) -> Overlap:
+    """Return how many of the originals and of the test images the prior has seen."""
+    known = load_prior(source, runtime=runtime).images
+    if known is None:
+        return Overlap(clean=None, test=None)
+    return Overlap(clean=len(known & fingerprints(clean)), test=len(known & fingerprints(test)))
 
 
 def _excess(claimed: Budget | None, change: Similarity, size: tuple[int, int]) -> str | None:
@@ -246,6 +257,7 @@ def recover(
     data: str,
     recovery: str,
     *,
+    plan: Plan,
     out: Path,
     runtime: Runtime,
     seed: int,
@@ -254,7 +266,7 @@ def recover(
     """Return what a recovery makes of one of the three sets, from disk if it was made before."""
     folder = out / WORKSPACE / f"{data}-{recovery}"
     job = Job(runtime=runtime, seed=seed, workspace=folder, progress=progress)
-    return create_recovery(recovery).recover(images, job)
+    return create_recovery(recovery, prior=plan.prior).recover(images, job)
 
 
 class Trainer:
@@ -268,13 +280,14 @@ class Trainer:
     def __call__(self, cell: Cell) -> tuple[Cell, dict[str, Any], float]:
         """Return the cell, its result as JSON values, and the seconds that it took."""
         started = time.perf_counter()
-        recovery = create_recovery(cell.recovery)
+        recovery = create_recovery(cell.recovery, prior=self.plan.prior)
         if self.key != (cell.data, cell.recovery):
             self.images = (
                 recover(
                     self.sets[cell.data],
                     cell.data,
                     cell.recovery,
+                    plan=self.plan,
                     out=self.out,
                     runtime=self.runtime,
                     seed=self.seed,

@@ -11,6 +11,7 @@ from privet.files import append_line, read_lines
 from privet.learning import Learner
 from privet.models import create_model
 from privet.recovery import create_recovery
+from privet.recovery.prior import fingerprint
 
 DATA = ("clean", "random", "protected")
 RECOVERIES = ("none", "jpeg-10", "jpeg-50", "jpeg-75", "grayscale", "adversarial-4")
@@ -42,12 +43,14 @@ class Plan:
         architectures: names for `create_model`.
         seeds: how often each cell is repeated, with which seeds.
         learner: how each learner trains, its architecture aside.
+        prior: a folder or a model of the hub, for recoveries that denoise with one.
     """
 
     recoveries: tuple[str, ...] = RECOVERIES
     architectures: tuple[str, ...]
     seeds: tuple[int, ...]
     learner: Learner
+    prior: str | None = None
 
     def __post_init__(self) -> None:
         for kind, values in (
@@ -64,7 +67,7 @@ class Plan:
                 "An audit needs the recovery 'none': without it there is nothing to compare with."
             )
         for recovery in self.recoveries:
-            create_recovery(recovery)
+            create_recovery(recovery, prior=self.prior)
         for architecture in self.architectures:
             create_model(architecture, classes=2, size=(32, 32))
 
@@ -85,6 +88,7 @@ class Plan:
         weights = learner["weights"]
         return {
             "recoveries": list(self.recoveries),
+            "prior": None if self.prior is None else fingerprint(self.prior),
             "architectures": list(self.architectures),
             "seeds": list(self.seeds),
             "learner": {**learner, "weights": None if weights is None else str(weights)},
@@ -99,6 +103,7 @@ def plan(
     seeds: int | None = None,
     epochs: int | None = None,
     flip: bool = True,
+    prior: str | None = None,
 ) -> Plan:
     """Return a preset's grid, parts of it replaced.
 
@@ -109,6 +114,7 @@ def plan(
         seeds: how many, or None for the preset's.
         epochs: of each learner, or None for the preset's.
         flip: whether views are mirrored.
+        prior: as in `Plan`.
 
     Raises:
         UsageError: no such preset, or an empty or unknown part.
@@ -120,6 +126,7 @@ def plan(
         raise UsageError(f"An audit needs at least 1 seed, got {seeds}.")
     return replace(
         grid,
+        prior=prior,
         recoveries=recoveries if recoveries is not None else grid.recoveries,
         architectures=architectures if architectures is not None else grid.architectures,
         seeds=tuple(range(seeds)) if seeds is not None else grid.seeds,

@@ -112,6 +112,9 @@ def describe(recovery: str) -> str:
         "bitdepth": f"{number} bits a channel",
         "blur": f"a blur of {number} px",
         "projection": "orthogonal projection",
+        "purify": "purification by a diffusion prior",
+        "jcdp": "JCDP (learnable examples)",
+        "avatar": "AVATAR",
         "coin": "random interpolation (COIN)",
         "adversarial": f"adversarial training at {number}/255",
     }.get(kind, recovery)

@@ -15,6 +15,7 @@ import privet
 from privet.cli.audit import audit
 from privet.cli.doctor import doctor
 from privet.cli.learn import learn
+from privet.cli.prior import prior
 from privet.cli.protect import protect
 from privet.cli.recover import recover
 from privet.cli.show import show
@@ -27,7 +28,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="Exit codes:\n\n" + "\n".join(f"- {code}: {words}" for code, words in EXIT_CODES.items()),
 )
-for verb in (protect, recover, audit, learn, show, doctor):
+for verb in (protect, recover, prior, audit, learn, show, doctor):
     app.command(verb)
 
 messages = Console(stderr=True, highlight=False)

@@ -28,6 +28,7 @@ def audit(
     seeds: int | None = None,
     epochs: int | None = None,
     flip: bool = True,
+    prior: str | None = None,
     size: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -54,7 +55,8 @@ def audit(
         Default: paper where there is a GPU, else cpu.
     recoveries
         What is tried against the protection, with commas between: none, jpeg-QUALITY, grayscale,
-        bitdepth-BITS, blur-SIGMA, projection, coin, adversarial-RADIUS, or several joined by +.
+        bitdepth-BITS, blur-SIGMA, projection, coin, adversarial-RADIUS; purify, jcdp, avatar with --prior; or
+        several joined by +.
         Default: none,jpeg-10,jpeg-50,jpeg-75,grayscale,adversarial-4.
     architectures
         Networks of the learners, with commas between.
@@ -64,6 +66,8 @@ def audit(
         Passes of each learner over the images.
     flip
         Whether views are mirrored; --no-flip for handwriting.
+    prior
+        For the recoveries purify, jcdp and avatar: a folder of 'privet prior train', or a model of the hub.
     size
         Side in pixels at which networks see the images.
     seed
@@ -91,6 +95,7 @@ def audit(
         seeds=seeds,
         epochs=epochs,
         flip=flip,
+        prior=prior,
     )
 
     def finished(cell: Cell, result: dict[str, Any], done: int, total: int) -> None:

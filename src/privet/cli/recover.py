@@ -14,6 +14,7 @@ def recover(
     *,
     out: Path,
     method: str,
+    prior: str | None = None,
     size: int | None = None,
     split: str | None = None,
     limit: int | None = None,
@@ -35,8 +36,10 @@ def recover(
     out
         New folder for the recovered images, manifest.jsonl and run.json.
     method
-        jpeg-QUALITY, grayscale, bitdepth-BITS, blur-SIGMA, projection, coin; or several joined by +, as in
-        projection+jpeg-75. docs/methods.md says what each does.
+        purify, jcdp, avatar (with a prior), jpeg-QUALITY, grayscale, bitdepth-BITS, blur-SIGMA, projection,
+        coin; or several joined by +, as in projection+purify. docs/methods.md says what each does.
+    prior
+        For purify, jcdp and avatar: a folder of 'privet prior train', or a diffusion model of the hub.
     size
         Side in pixels at which the recovery works (default: the images' own if all are alike and at most
         224, else 224). Files keep their own size.
@@ -64,7 +67,7 @@ def recover(
 
     if format != "parquet":
         check_format(format)
-    recovery = create_recovery(method)
+    recovery = create_recovery(method, prior=prior)
     here = Runtime.find(device, precision)
     if Path(source).exists() and out.absolute().is_relative_to(Path(source).absolute()):
         raise OutputError(f"{out} lies inside {source}. Choose another folder.")

@@ -36,7 +36,8 @@ def show(
     """
     from privet.files import write_bytes
     from privet.images import open_images
-    from privet.report.strips import png, worst_strips
+    from privet.images.montage import png
+    from privet.report.strips import worst_strips
 
     if count < 1:
         raise UsageError(f"Expected a count of at least 1, got {count}.")

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from privet.learning.pieces import in_pieces
 from privet.learning.runtime import Runtime
-
-# On a processor, frozen passes take this many images at a time: more would leave its cache. Each
-# core takes its own pieces, which does more than all cores together on each operation. An image's
-# gradient does not depend on the images beside it.
-PIECE = 64
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return threads that compute with one core each."""
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    list(pool.map(time.sleep, [0.01] * threads))  # start them all
-    torch.set_num_threads(threads)  # the initialiser has set a default for threads to come
-    return pool
 
 
 @contextlib.contextmanager
@@ -64,10 +48,7 @@ def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, *, runtime: Runt
             loss = F.cross_entropy(model(piece).float(), answers, reduction="sum")
         return torch.autograd.grad(loss, piece)[0]
 
-    if x.device.type != "cpu" or len(x) <= PIECE:
-        return gradient(x, labels)
-    pieces, threads = [torch.split(rows, PIECE) for rows in (x, labels)], torch.get_num_threads()
-    return torch.cat(list(map(gradient, *pieces) if threads == 1 else _pool(threads).map(gradient, *pieces)))
+    return in_pieces(gradient, x, labels)
 
 
 def uniform(like: Tensor, radius: float, generator: torch.Generator) -> Tensor:

@@ -7,15 +7,21 @@ from collections.abc import Callable
 
 from privet.errors import UsageError
 from privet.recovery.adversarial import AdversarialTraining
+from privet.recovery.avatar import AVATAR
 from privet.recovery.base import ImageRecovery, Nothing, Recovery
 from privet.recovery.chain import Chain
 from privet.recovery.coin import COIN
+from privet.recovery.jcdp import JCDP
+from privet.recovery.prior import Prior, PriorTraining, load_prior, train_prior
 from privet.recovery.projection import Projection
 from privet.recovery.publication import restore
+from privet.recovery.purify import Purify
 from privet.recovery.squeeze import JPEG, BitDepth, Blur, Grayscale
 
 __all__ = [
+    "AVATAR",
     "COIN",
+    "JCDP",
     "JPEG",
     "AdversarialTraining",
     "BitDepth",
@@ -24,10 +30,15 @@ __all__ = [
     "Grayscale",
     "ImageRecovery",
     "Nothing",
+    "Prior",
+    "PriorTraining",
     "Projection",
+    "Purify",
     "Recovery",
     "create_recovery",
+    "load_prior",
     "restore",
+    "train_prior",
 ]
 
 PLAIN: dict[str, Callable[[], Recovery]] = {
@@ -36,6 +47,7 @@ PLAIN: dict[str, Callable[[], Recovery]] = {
     "projection": Projection,
     "coin": COIN,
 }
+WITH_PRIOR: dict[str, Callable[[str], Recovery]] = {"purify": Purify, "jcdp": JCDP, "avatar": AVATAR}
 # Name, what makes it of its number, and the range of the number.
 NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
     "jpeg": (lambda quality: JPEG(int(quality)), 1, 100),
@@ -46,15 +58,26 @@ NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
 WHOLE = ("jpeg", "bitdepth")
 
 
-def create_recovery(name: str) -> Recovery:
+def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
     """Return the recovery of this name: none, jpeg-10, adversarial-4 (in 1/255), projection+jpeg-75, ...
 
+    Args:
+        name: the name.
+        prior: a folder or a model of the hub, for those that denoise with one.
+
     Raises:
-        UsageError: no such recovery, or a number out of range.
+        UsageError: no such recovery, a number out of range, or no prior where one is needed.
     """
     parts = name.split("+")
     if len(parts) > 1:
-        return Chain(tuple(create_recovery(part) for part in parts))
+        return Chain(tuple(create_recovery(part, prior=prior) for part in parts))
+    if name in WITH_PRIOR:
+        if prior is None:
+            raise UsageError(
+                f"{name} needs a prior: train one on unprotected images with 'privet prior train', and name its "
+                "folder with --prior."
+            )
+        return WITH_PRIOR[name](prior)
     if name in PLAIN:
         return PLAIN[name]()
     kind, _, number = name.partition("-")
@@ -62,7 +85,7 @@ def create_recovery(name: str) -> Recovery:
         make, least, most = NUMBERED[kind]
         if least <= float(number) <= most:
             return make(float(number))
-    names = [*PLAIN, *(f"{kind}-NUMBER" for kind in NUMBERED)]
+    names = [*PLAIN, *WITH_PRIOR, *(f"{kind}-NUMBER" for kind in NUMBERED)]
     raise UsageError(
         f"Unknown recovery {name!r}; expected one of {', '.join(names)} (quality 1 to 100, 1 to 7 bits, sigma in "
         "pixels, radius in 1/255), or several joined by +."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ class Recovery(ABC):
     @abstractmethod
     def name(self) -> str:
         """The name that `create_recovery` takes."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what the recovered bytes depend on, as JSON values."""
+        settings: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {"recovery": self.name, "settings": settings}
 
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         """Return the training images as the learner gets them."""

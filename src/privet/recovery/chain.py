@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
@@ -20,6 +21,9 @@ class Chain(Recovery):
     @property
     def name(self) -> str:
         return "+".join(part.name for part in self.parts)
+
+    def record(self) -> dict[str, Any]:
+        return {"recovery": self.name, "settings": {"parts": [part.record() for part in self.parts]}}
 
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         for number, part in enumerate(self.parts):

@@ -47,7 +47,7 @@ def restore(
         lambda: recovery.recover(images, job),
         out,
         job=job,
-        record={"recovery": recovery.name},
+        record=recovery.record(),
         format=format,
         metadata=metadata,
         gps=gps,

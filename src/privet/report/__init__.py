@@ -1,6 +1,6 @@
 """Reports: one JSON file for programs, one page for people, strips to look at."""
 
 from privet.report.report import render, summarise, write_report
-from privet.report.strips import png, strips
+from privet.report.strips import strips
 
-__all__ = ["png", "render", "strips", "summarise", "write_report"]
+__all__ = ["render", "strips", "summarise", "write_report"]

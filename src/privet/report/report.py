@@ -14,8 +14,9 @@ from privet.audit import Audit
 from privet.audit.statistics import interval
 from privet.audit.verdict import describe
 from privet.files import write_bytes, write_json
+from privet.images.montage import png
 from privet.report.plots import NAMES, accuracy_bars, learning_curves
-from privet.report.strips import by_psnr, png, strips
+from privet.report.strips import by_psnr, strips
 
 JSON, PAGE = "report.json", "report.html"
 STRIPS = 8  # images shown

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from privet.images import ImageSet, Similarity, compare_all, pair
-
-GAP = 4
-LEAST_SIDE = 96  # smaller images are enlarged by a whole number, without smoothing
+from privet.images.montage import montage
 
 
 def strips(before: Tensor, after: Tensor, *, magnify: float) -> Image.Image:
@@ -27,15 +22,7 @@ def strips(before: Tensor, after: Tensor, *, magnify: float) -> Image.Image:
         magnify: factor on the difference, which is shown around grey.
     """
     difference = (after.to(torch.int16) - before.to(torch.int16)).float() * magnify + 127.5
-    rows = [
-        _beside([column.permute(1, 2, 0).numpy() for column in columns])
-        for columns in zip(before, after, difference.clamp(0, 255).to(torch.uint8), strict=True)
-    ]
-    gap = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
-    stacked = [part for row in rows for part in (row, gap)][:-1]
-    image = Image.fromarray(np.concatenate(stacked))
-    factor = max(1, -(-LEAST_SIDE // before.shape[2]))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return montage(list(zip(before, after, difference.clamp(0, 255).to(torch.uint8), strict=True)))
 
 
 def worst_strips(
@@ -57,16 +44,3 @@ def worst_strips(
 def by_psnr(similarities: Sequence[Similarity], names: Sequence[str]) -> list[int]:
     """Return positions, the lowest PSNR first."""
     return sorted(range(len(names)), key=lambda index: (similarities[index].psnr or math.inf, names[index]))
-
-
-def png(image: Image.Image) -> bytes:
-    """Return the image as PNG bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _beside(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    gap = np.full((images[0].shape[0], GAP, 3), 255, np.uint8)
-    parts = [part for image in images for part in (image, gap)][:-1]
-    return np.concatenate(parts, 1)

@@ -1,0 +1,34 @@
+"""Images side by side, to look at."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+GAP = 4
+LEAST_SIDE = 96  # smaller images are enlarged by a whole number, without smoothing
+
+
+def montage(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
+    """Return rows of images, each uint8, (3, height, width), all of one size, with white between them."""
+    height, width = rows[0][0].shape[1:]
+    columns = max(map(len, rows))
+    sheet = np.full((len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for down, row in enumerate(rows):
+        for right, image in enumerate(row):
+            top, left = down * (height + GAP), right * (width + GAP)
+            sheet[top : top + height, left : left + width] = image.permute(1, 2, 0).numpy()
+    factor = max(1, -(-LEAST_SIDE // height))
+    picture = Image.fromarray(sheet)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def png(image: Image.Image) -> bytes:
+    """Return the image as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

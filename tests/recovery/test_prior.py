@@ -1,0 +1,395 @@
+"""The prior, and the recoveries that denoise with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tests.conftest import blobs
+from tests.images.test_write import tree
+from torch import Tensor
+
+from privet.errors import InputError, UsageError
+from privet.images import ImageSet, compare_all
+from privet.learning import Job, Runtime
+from privet.recovery import (
+    AVATAR,
+    JCDP,
+    PriorTraining,
+    Purify,
+    create_recovery,
+    load_prior,
+    restore,
+    train_prior,
+)
+from privet.recovery.jcdp import features, perceptual_gradient
+from privet.recovery.prior import (
+    DiffusionRecovery,
+    ImageNoise,
+    Prior,
+    fingerprints,
+    renoise,
+    to_pixels,
+    to_unit,
+    walk_back,
+)
+
+pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
+
+TRAINING = PriorTraining(scale="tiny", steps=6, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prior") / "prior"
+    runtime = Runtime(device=torch.device("cpu"), precision="float32")
+    train_prior(blobs(16, seed=5), TRAINING, out, runtime=runtime)
+    return out
+
+
+class Exact(torch.nn.Module):
+    """Knows the image, and so the noise."""
+
+    def __init__(self, image: Tensor, kept: Tensor) -> None:
+        super().__init__()
+        self.image, self.kept = image, kept
+        self.calls = 0
+
+    class config:  # noqa: N801 - as diffusers has it
+        block_out_channels = (1,)
+        down_block_types = up_block_types = ("Block",)
+        sample_size = None
+
+    def forward(self, noisy: Tensor, time: int) -> object:
+        self.calls += 1
+        kept = self.kept[time]
+
+        class Answer:
+            sample = (noisy - kept.sqrt() * self.image) / (1 - kept).sqrt()
+
+        return Answer
+
+
+def exact(image: Tensor) -> Prior:
+    kept = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
+    return Prior(model=Exact(image, kept), kept=kept, max_t=1000, about={})
+
+
+def test_the_schedule_is_that_of_the_paper(folder: Path, runtime: Runtime) -> None:
+    prior = load_prior(folder, runtime=runtime)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    assert torch.allclose(prior.kept.double(), (1 - beta).cumprod(0), rtol=1e-4)
+    assert prior.max_t == 250
+    assert prior.images == fingerprints(blobs(16, seed=5))
+
+
+def test_diffusers_reads_what_is_written(folder: Path, runtime: Runtime) -> None:
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(str(folder))
+    ours = load_prior(folder, runtime=runtime)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pipeline.unet(x, 7).sample
+    assert torch.allclose(ours.noise(x, 7, runtime=runtime), expected, atol=1e-5)
+    assert torch.allclose(pipeline.scheduler.alphas_cumprod, ours.kept)
+
+
+def test_training_lowers_the_loss(runtime: Runtime, tmp_path: Path) -> None:
+    losses = [
+        train_prior(
+            blobs(16),
+            PriorTraining(scale="tiny", steps=steps, batch_size=16, decay=0.9, learning_rate=0.02),
+            tmp_path / str(steps),
+            runtime=runtime,
+        ).about["loss"]
+        for steps in (1, 80)
+    ]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_a_killed_training_ends_with_the_same_bytes(runtime: Runtime, tmp_path: Path) -> None:
+    train_prior(blobs(16), TRAINING, tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
+    for stop_after in (2, 5):
+        calls = 0
+
+        def stop(stage: str, done: int, total: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == stop_after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train_prior(
+                blobs(16), TRAINING, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop
+            )
+    train_prior(blobs(16), TRAINING, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0)
+    whole, parts = (
+        {name: data for name, data in tree(tmp_path / name_).items() if name != "loss.jsonl"}
+        for name_ in ("whole", "parts")
+    )
+    assert parts == whole
+    assert "unet/diffusion_pytorch_model.safetensors" in whole and "denoised.png" in whole
+
+
+def test_large_images_are_learned_in_crops(runtime: Runtime, tmp_path: Path) -> None:
+    images = blobs(4, size=(70, 90))
+    prior = train_prior(
+        images, PriorTraining(scale="tiny", steps=1, batch_size=2), tmp_path / "out", runtime=runtime
+    )
+    assert prior.about["crop"] == 64
+    whole = prior.clean(to_unit(images.pixels, runtime.device), 20, runtime=runtime)
+    assert whole.shape == (4, 3, 70, 90)  # 70 is no multiple of what the network halves
+
+
+def test_walking_back_with_an_exact_prior_finds_the_image(runtime: Runtime) -> None:
+    images = blobs(3)
+    x = to_unit(images.pixels, runtime.device)
+    prior = exact(x)
+    noise = ImageNoise(images.pixels, 0, runtime.device)
+    noisy = renoise(x, noise(), float(prior.kept[50]))
+    found = walk_back(prior, noisy, 50, noise=noise, runtime=runtime)
+    assert torch.equal(to_pixels(found), images.pixels)
+    assert prior.model.calls == 50
+
+
+def test_steps_back_are_those_of_diffusers(folder: Path, runtime: Runtime) -> None:
+    from diffusers import DDPMScheduler
+
+    prior = load_prior(folder, runtime=runtime)
+    noisy = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.3
+    ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))
+    found = walk_back(
+        prior, noisy, 30, noise=lambda: torch.randn(noisy.shape, generator=ours), runtime=runtime
+    )
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="fixed_large")
+    expected = noisy
+    for time in range(29, -1, -1):
+        predicted = prior.noise(expected, time, runtime=runtime)
+        expected = scheduler.step(predicted, time, expected, generator=theirs).prev_sample
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_noise_belongs_to_the_image(runtime: Runtime) -> None:
+    pixels = blobs(5).pixels
+    whole = ImageNoise(pixels, 0, runtime.device)
+    part = ImageNoise(pixels[[3, 1]], 0, runtime.device)
+    other = ImageNoise(pixels, 1, runtime.device)
+    for _ in range(2):
+        drawn = whole()
+        assert torch.equal(part(), drawn[[3, 1]])
+        assert not torch.equal(other(), drawn)
+    assert abs(float(drawn.mean())) < 0.1 and float(drawn.std()) == pytest.approx(1, abs=0.1)
+
+
+METHODS: dict[str, tuple[type[DiffusionRecovery], dict[str, object], int]] = {
+    "purify": (Purify, {}, 4),
+    "jcdp": (JCDP, {"rounds": 2, "time": 13}, 26),
+    "avatar": (AVATAR, {"time": 12}, 12),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestEvery:
+    def test_it_is_found_by_name_and_needs_a_prior(self, name: str, folder: Path, runtime: Runtime) -> None:
+        method, _, _ = METHODS[name]
+        assert create_recovery(name, prior="somewhere") == method(prior="somewhere")
+        with pytest.raises(UsageError, match=f"{name} needs a prior: train one"):
+            create_recovery(name)
+
+    def test_results_do_not_depend_on_what_else_is_recovered(
+        self, name: str, folder: Path, runtime: Runtime
+    ) -> None:
+        method, settings, evaluations = METHODS[name]
+        recovery = method(prior=str(folder), **settings)  # type: ignore[arg-type]
+        images = blobs(7)
+        job = Job(runtime=runtime)
+        whole = recovery.recover(images, job).pixels
+        assert job.facts == {"evaluations": evaluations}
+        assert not torch.equal(whole, images.pixels)
+        part = recovery.recover(images.subset([5, 2]), Job(runtime=runtime)).pixels
+        assert int((part.short() - whole[[5, 2]].short()).abs().max()) <= 1  # a last bit of float32
+        other = recovery.recover(images, Job(runtime=runtime, seed=1)).pixels
+        assert not torch.equal(other, whole)
+
+    def test_interrupted_it_ends_with_the_same_bytes(
+        self, name: str, folder: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from privet.learning import chunks
+
+        monkeypatch.setattr(chunks, "CHUNK", 3)
+        method, settings, _ = METHODS[name]
+        recovery = method(prior=str(folder), **settings)  # type: ignore[arg-type]
+        images = blobs(8)
+        restore(images, recovery, tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
+        for stop_after in (1, 2, 5):
+            calls = 0
+
+            def stop(stage: str, done: int, total: int) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == stop_after:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                restore(
+                    images, recovery, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop
+                )
+        restore(images, recovery, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0)
+        assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
+
+    def test_times_the_prior_never_saw_are_refused(self, name: str, folder: Path, runtime: Runtime) -> None:
+        method, _, _ = METHODS[name]
+        late = {"levels": (300,)} if name == "purify" else {"time": 300}
+        with pytest.raises(UsageError, match="trained for times below 250, and is asked for 300"):
+            method(prior=str(folder), **late).recover(blobs(2), Job(runtime=runtime))  # type: ignore[arg-type]
+
+
+def test_purify_with_an_exact_prior_gives_the_clean_image(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = blobs(4)
+    protected = clean.with_pixels(clean.pixels + 8)
+    prior = exact(to_unit(clean.pixels, runtime.device))
+    monkeypatch.setattr("privet.recovery.prior.load_prior", lambda *_, **__: prior)
+    job = Job(runtime=runtime)
+    assert torch.equal(Purify(prior="x").recover(protected, job).pixels, clean.pixels)
+    assert prior.model.calls == 4
+    near = Purify(prior="x", ball=3).recover(protected, job).pixels
+    assert int((protected.pixels.short() - near.short()).unique()) == 3
+    pulled = Purify(prior="x", pull=0.5).recover(protected, job).pixels
+    assert sorted((protected.pixels.short() - pulled.short()).unique().tolist()) == [4]
+
+
+def test_the_pull_of_jcdp_is_that_of_its_batch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The squared error's shift, written out for a batch of 500 as released."""
+    images = blobs(2)
+    x = to_unit(images.pixels, runtime.device)
+    method = JCDP(prior="x")
+    prior = exact(x)
+    guide = method._guide(prior, x, ImageNoise(images.pixels, 0, runtime.device), Job(runtime=runtime))
+    again = ImageNoise(images.pixels, 0, runtime.device)
+    noisy, time = x + 0.3, 15
+    kept = float(prior.kept[time])
+    leaf = noisy.repeat(250, 1, 1, 1).requires_grad_()
+    anchor = renoise(x, again(), kept).repeat(250, 1, 1, 1)
+    (gradient,) = torch.autograd.grad(torch.nn.functional.mse_loss(leaf, anchor), leaf)
+    scale = math.sqrt((1 - kept) / kept) * 3 * 70000 / (2 * 8 / 255)
+    assert torch.allclose(guide(noisy, time), -scale * gradient[:2], rtol=1e-4)
+
+
+def test_the_perceptual_gradient_leads_to_the_image(folder: Path, runtime: Runtime) -> None:
+    prior, job = load_prior(folder, runtime=runtime), Job(runtime=runtime)
+    images = blobs(3)
+    one = to_unit(images.pixels, runtime.device)
+    other = to_unit(images.pixels.roll(2, 3), runtime.device)
+    gradient = perceptual_gradient(prior.model, one, other, job)
+    assert torch.equal(perceptual_gradient(prior.model, one, one, job), torch.zeros_like(one))
+
+    def distance(x: Tensor) -> float:
+        with torch.no_grad():
+            pairs = zip(features(prior.model, x, job), features(prior.model, other, job), strict=True)
+            unit = torch.nn.functional.normalize
+            return sum(
+                float((unit(a, dim=1) - unit(b, dim=1)).square().sum(1).mean((1, 2)).sum()) for a, b in pairs
+            )
+
+    step = 1e-3 / float(gradient.norm())
+    slope = (distance(one + step * gradient) - distance(one - step * gradient)) / (2e-3)
+    assert slope == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def broken(folder: Path, tmp_path: Path, how: str) -> Path:
+    copy = tmp_path / how
+    shutil.copytree(folder, copy)
+    weights, config = copy / "unet/diffusion_pytorch_model.safetensors", copy / "unet/config.json"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "pickled":
+        weights.write_bytes(b"\x80\x04]\x94.")
+    elif how == "wrong shape":
+        state = safetensors.torch.load_file(weights)
+        state["conv_in.weight"] = state["conv_in.weight"][:, :2].contiguous()
+        safetensors.torch.save_file(state, weights)
+    elif how == "missing weight":
+        state = safetensors.torch.load_file(weights)
+        del state["conv_in.weight"]
+        safetensors.torch.save_file(state, weights)
+    elif how == "no schedule":
+        shutil.rmtree(copy / "scheduler")
+    elif how == "no network":
+        config.unlink()
+    elif how in ("grey", "nonsense"):
+        change = {"in_channels": 1} if how == "grey" else {"layers_per_block": "many"}
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    elif how == "not json":
+        config.write_text("{")
+    elif how == "range":
+        about = copy / "prior.json"
+        about.write_text(json.dumps({**json.loads(about.read_text()), "range": [0.0, 1.0]}))
+    elif how == "v prediction":
+        schedule = copy / "scheduler/scheduler_config.json"
+        schedule.write_text(
+            json.dumps({**json.loads(schedule.read_text()), "prediction_type": "v_prediction"})
+        )
+    elif how == "attention":
+        about = json.loads(config.read_text())
+        about["down_block_types"][1] = "AttnDownBlock2D"
+        about["up_block_types"][1] = "AttnUpBlock2D"
+        from diffusers import UNet2DModel
+
+        model = UNet2DModel(**{key: value for key, value in about.items() if not key.startswith("_")})
+        safetensors.torch.save_file(model.state_dict(), weights)
+        config.write_text(json.dumps(about))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("truncated", "is not a whole safetensors file"),
+        ("pickled", "is not a whole safetensors file"),
+        ("wrong shape", "does not fit its own config.json: .*conv_in.weight"),
+        ("missing weight", "does not fit its own config.json: .*conv_in.weight"),
+        ("no schedule", "has no scheduler_config.json"),
+        ("no network", "holds no prior: expected config.json"),
+        ("grey", "it has 1 channels in and 3 out; expected 3 and 3"),
+        ("nonsense", "does not fit its own config.json"),
+        ("not json", "is not a JSON file"),
+        ("range", r"works on values in \[0.0, 1.0\]; expected \[-1.0, 1.0\]"),
+        ("v prediction", "predicts 'v_prediction'; only noise predictors"),
+        ("attention", "knows images of 8 x 8 pixels only; these are 12 x 12"),
+    ],
+)
+def test_a_prior_that_does_not_fit_is_one_error(
+    folder: Path, tmp_path: Path, runtime: Runtime, how: str, words: str
+) -> None:
+    recovery = Purify(prior=str(broken(folder, tmp_path, how)))
+    with pytest.raises(InputError, match=words):
+        recovery.recover(blobs(2, size=(12, 12)), Job(runtime=runtime))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scale": "huge"}, {"steps": 0}, {"max_t": 0}, {"max_t": 1001}, {"decay": 1.0}]
+)
+def test_trainings_out_of_range_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="Unknown scale|A prior needs at least"):
+        PriorTraining(**settings)  # type: ignore[arg-type]
+
+
+def test_nothing_to_learn_from_is_an_error(runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="There is no image to learn from"):
+        train_prior(blobs(0), TRAINING, tmp_path / "out", runtime=runtime)
+
+
+def test_pixels_come_back_through_values() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_pixels(to_unit(pixels, torch.device("cpu"))), pixels)
+    images = ImageSet.from_arrays(pixels.contiguous(), torch.tensor([0]))
+    (same,) = compare_all(images.pixels, to_pixels(to_unit(pixels, torch.device("cpu"))), ssim=False)
+    assert same.linf == 0
