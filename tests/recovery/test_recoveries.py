@@ -200,7 +200,7 @@ def test_projection_takes_class_wise_noise_off(method: OPS | LSP, runtime: Runti
         weights = torch.linalg.lstsq(basis[:900], targets[:900]).solution
         return float(((basis[900:] @ weights).argmax(1) == some.labels[900:]).float().mean())
 
-    assert told_apart(protected) > 0.95
+    assert told_apart(protected) > 0.9
     after = Projection(batch_size=32).recover(protected, Job(runtime=runtime))
     assert told_apart(after) < 0.75
 
