@@ -27,17 +27,9 @@ from privet.recovery import (
     restore,
     train_prior,
 )
+from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit, walk_back
 from privet.recovery.jcdp import features, perceptual_gradient
-from privet.recovery.prior import (
-    DiffusionRecovery,
-    ImageNoise,
-    Prior,
-    fingerprints,
-    renoise,
-    to_pixels,
-    to_unit,
-    walk_back,
-)
+from privet.recovery.prior import Prior, fingerprints
 
 pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
 
@@ -256,7 +248,7 @@ def test_purify_with_an_exact_prior_gives_the_clean_image(
     clean = blobs(4)
     protected = clean.with_pixels(clean.pixels + 8)
     prior = exact(to_unit(clean.pixels, runtime.device))
-    monkeypatch.setattr("privet.recovery.prior.load_prior", lambda *_, **__: prior)
+    monkeypatch.setattr("privet.recovery.diffusion.load_prior", lambda *_, **__: prior)
     job = Job(runtime=runtime)
     assert torch.equal(Purify(prior="x").recover(protected, job).pixels, clean.pixels)
     assert prior.model.calls == 4

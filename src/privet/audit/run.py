@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import privet
 from privet.audit.flags import Facts, Flag, Overlap, find_flags
 from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
@@ -26,6 +25,7 @@ from privet.progress import Progress, silent
 from privet.protection import RandomNoise, publish
 from privet.recovery import create_recovery, load_prior
 from privet.recovery.prior import fingerprints
+from privet.version import VERSION
 
 CONTROL = "control"
 LARGE = 32  # in 1/255; beyond it nobody claims an L-infinity budget
@@ -101,7 +101,7 @@ def run_audit(
     first, second, third = opened
     threads = 1 if runtime.device.type == "cpu" else torch.get_num_threads()
     run = {
-        "privet": privet.__version__,
+        "privet": VERSION,
         "plan": plan.settings(),
         "seed": seed,
         "clean": first.digest,

@@ -11,7 +11,6 @@ from cyclopts import App, CycloptsError
 from rich.console import Console
 from rich.markup import escape
 
-import privet
 from privet.cli.audit import audit
 from privet.cli.doctor import doctor
 from privet.cli.learn import learn
@@ -20,11 +19,12 @@ from privet.cli.protect import protect
 from privet.cli.recover import recover
 from privet.cli.show import show
 from privet.errors import EXIT_CODES, INTERRUPTED, OK, OutputError, PrivetError, UsageError
+from privet.version import VERSION
 
 app = App(
     name="privet",
     help="Decide who can learn from your images: protect them, and see what the protection is worth.",
-    version=privet.__version__,
+    version=VERSION,
     suppress_keyboard_interrupt=False,
     help_epilogue="Exit codes:\n\n" + "\n".join(f"- {code}: {words}" for code, words in EXIT_CODES.items()),
 )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-import privet
 from privet.errors import InputError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json, sha256
 from privet.images import align, open_images
@@ -16,6 +15,7 @@ from privet.learning.runtime import Runtime, describe_device
 from privet.learning.train import Epoch, Learned, Learner, learn
 from privet.models import SavedModel, load_model, save_model
 from privet.progress import Progress, silent
+from privet.version import VERSION
 
 WEIGHTS = "learner.safetensors"
 
@@ -60,7 +60,7 @@ def study(
     if weights is not None and not weights.is_file():
         raise InputError(f"There is no weights file {weights}.")
     run: dict[str, Any] = {
-        "privet": privet.__version__,
+        "privet": VERSION,
         "learner": {
             **asdict(learner),
             "weights": sha256(weights.read_bytes()) if weights else None,

@@ -12,7 +12,6 @@ import numpy
 import PIL
 import torch
 
-import privet
 from privet.files import WORKSPACE, claim, finish, read_lines, write_bytes
 from privet.images.budget import UNBOUNDED, Budget
 from privet.images.image_set import ImageSet
@@ -20,6 +19,7 @@ from privet.images.source import MANIFEST
 from privet.images.write import Written, still_there, write_images
 from privet.learning.job import Job
 from privet.learning.runtime import describe_device
+from privet.version import VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def publish_changed(
     """
     runtime = job.runtime
     run = {
-        "privet": privet.__version__,
+        "privet": VERSION,
         **record,
         "seed": job.seed,
         "data": images.digest,

@@ -12,7 +12,8 @@ from privet.recovery.base import ImageRecovery, Nothing, Recovery
 from privet.recovery.chain import Chain
 from privet.recovery.coin import COIN
 from privet.recovery.jcdp import JCDP
-from privet.recovery.prior import Prior, PriorTraining, load_prior, train_prior
+from privet.recovery.prior import Prior, load_prior
+from privet.recovery.prior_training import PriorTraining, train_prior
 from privet.recovery.projection import Projection
 from privet.recovery.publication import restore
 from privet.recovery.purify import Purify

@@ -10,7 +10,7 @@ from torch import Tensor
 from privet.images.image_set import ImageSet
 from privet.learning.chunks import Change
 from privet.learning.job import Job
-from privet.recovery.prior import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit, walk_back
+from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit, walk_back
 
 
 @dataclass(frozen=True)

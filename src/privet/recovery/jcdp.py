@@ -14,16 +14,16 @@ from privet.images.image_set import ImageSet
 from privet.learning.chunks import Change
 from privet.learning.job import Job
 from privet.learning.pieces import in_pieces
-from privet.recovery.prior import (
+from privet.recovery.diffusion import (
     DiffusionRecovery,
     Guide,
     ImageNoise,
-    Prior,
     renoise,
     to_pixels,
     to_unit,
     walk_back,
 )
+from privet.recovery.prior import Prior
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from privet.errors import UsageError
 from privet.images.image_set import ImageSet
 from privet.learning.chunks import Change
 from privet.learning.job import Job
-from privet.recovery.prior import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit
+from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit
 
 
 @dataclass(frozen=True)
