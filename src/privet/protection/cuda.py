@@ -22,8 +22,8 @@ class CUDA(Protection):
     """Class-wise convolutions (Sadasivan et al., arXiv 2303.04278): each class is blurred in its own way.
 
     No surrogate and no training. The filter of a class has weights drawn from [0, blur] and a 1 at a
-    random place; every image of the class goes through it, channel by channel, and is divided by its
-    largest value. Not additive, so what takes noise off does not help.
+    random place; every image of the class goes through it, channel by channel, its edges continued,
+    and is divided by its largest value. Not additive, so what takes noise off does not help.
 
     No norm bounds the change: images are visibly blurred, and differ in brightness. Files larger than
     what networks see get the blur of the small image, enlarged.
@@ -58,7 +58,7 @@ class CUDA(Protection):
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
             x = images.pixels[index].float()
             height, width = images.size
-            padded = F.pad(x, (self.kernel // 2,) * 4)
+            padded = F.pad(x, (self.kernel // 2,) * 4, mode="replicate")
             seen = torch.zeros_like(x)
             for tap, weight in enumerate(filters[images.labels[index]].T):
                 top, left = divmod(tap, self.kernel)
