@@ -23,6 +23,19 @@ def runtime() -> Runtime:
     return Runtime(device=torch.device("cpu"), precision="float32")
 
 
+def stop_after(calls: int) -> Callable[[str, int, int], None]:
+    """Return a listener that interrupts a job at this many reports of progress."""
+    left = calls
+
+    def stop(stage: str, done: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 def blobs(
     count: int, *, size: tuple[int, int] = (8, 8), classes: int = 3, grey: bool = False, seed: int = 0
 ) -> ImageSet:

@@ -192,6 +192,10 @@ def test_files_that_leave_the_claimed_budget_are_flagged(
     (protected / "run.json").write_text(json.dumps(run))
     plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
     audit = run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
+    run["budget"] = {"norm": "l9", "size": 2}
+    (protected / "run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"The run.json of the protected images states no budget"):
+        run_audit(clean, protected, test=test, out=tmp_path / "broken", plan=plan, runtime=runtime)
     (flag,) = [flag for flag in audit.flags if flag.name == "over-budget"]
     assert flag.grave and "3/255; the budget is 2/255" in flag.says
     assert audit.verdict.grade == "inconclusive"

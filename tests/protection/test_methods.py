@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.conftest import blobs
+from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
 from torch import Tensor
 
@@ -168,24 +168,21 @@ class TestEvery:
         images = blobs(10)
         publish(images, method, tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
         expected = tree(tmp_path / "whole")
-        stop_after = 1
+        reports = 1
         while True:
-            calls = 0
-
-            def stop(stage: str, done: int, total: int) -> None:
-                nonlocal calls
-                calls += 1
-                if calls >= stop_after:
-                    raise KeyboardInterrupt
-
             try:
                 publish(
-                    images, method, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop
+                    images,
+                    method,
+                    tmp_path / "parts",
+                    runtime=runtime,
+                    checkpoint_seconds=0,
+                    progress=stop_after(reports),
                 )
                 break
             except KeyboardInterrupt:
-                stop_after += 1
-        assert stop_after > 4
+                reports += 1
+        assert reports > 4
         assert tree(tmp_path / "parts") == expected
 
     def test_images_of_one_pixel_and_one_class(self, method: Protection, runtime: Runtime) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests.conftest import blobs
+from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
 from torch import Tensor
 
@@ -107,18 +107,15 @@ def test_training_lowers_the_loss(runtime: Runtime, tmp_path: Path) -> None:
 
 def test_a_killed_training_ends_with_the_same_bytes(runtime: Runtime, tmp_path: Path) -> None:
     train_prior(blobs(16), TRAINING, tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
-    for stop_after in (2, 5):
-        calls = 0
-
-        def stop(stage: str, done: int, total: int) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == stop_after:
-                raise KeyboardInterrupt
-
+    for reports in (2, 5):
         with pytest.raises(KeyboardInterrupt):
             train_prior(
-                blobs(16), TRAINING, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop
+                blobs(16),
+                TRAINING,
+                tmp_path / "parts",
+                runtime=runtime,
+                checkpoint_seconds=0,
+                progress=stop_after(reports),
             )
     train_prior(blobs(16), TRAINING, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0)
     whole, parts = (
@@ -219,18 +216,15 @@ class TestEvery:
         recovery = method(prior=str(folder), **settings)  # type: ignore[arg-type]
         images = blobs(8)
         restore(images, recovery, tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
-        for stop_after in (1, 2, 5):
-            calls = 0
-
-            def stop(stage: str, done: int, total: int) -> None:
-                nonlocal calls
-                calls += 1
-                if calls == stop_after:
-                    raise KeyboardInterrupt
-
+        for reports in (1, 2, 5):
             with pytest.raises(KeyboardInterrupt):
                 restore(
-                    images, recovery, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0, progress=stop
+                    images,
+                    recovery,
+                    tmp_path / "parts",
+                    runtime=runtime,
+                    checkpoint_seconds=0,
+                    progress=stop_after(reports),
                 )
         restore(images, recovery, tmp_path / "parts", runtime=runtime, checkpoint_seconds=0)
         assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
@@ -321,6 +315,8 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     elif how == "not json":
         config.write_text("{")
+    elif how == "damaged record":
+        (copy / "prior.json").write_text(json.dumps({"range": [-1.0, 1.0], "max_t": "late"}))
     elif how == "range":
         about = copy / "prior.json"
         about.write_text(json.dumps({**json.loads(about.read_text()), "range": [0.0, 1.0]}))
@@ -353,6 +349,7 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         ("grey", "it has 1 channels in and 3 out; expected 3 and 3"),
         ("nonsense", "does not fit its own config.json"),
         ("not json", "is not a JSON file"),
+        ("damaged record", "prior.json is not a record that 'privet prior train' wrote"),
         ("range", r"works on values in \[0.0, 1.0\]; expected \[-1.0, 1.0\]"),
         ("v prediction", "predicts 'v_prediction'; only noise predictors"),
         ("attention", "knows images of 8 x 8 pixels only; these are 12 x 12"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import blobs
+from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
 
 from privet.errors import UsageError
@@ -90,16 +90,8 @@ class TestThoseThatChangeImages:
         images = blobs(10, size=(16, 16))
         restore(images, CHANGES[name], tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
         expected = tree(tmp_path / "whole")
-        stop_after = 1
+        reports = 1
         while True:
-            calls = 0
-
-            def stop(stage: str, done: int, total: int) -> None:
-                nonlocal calls
-                calls += 1
-                if calls >= stop_after:
-                    raise KeyboardInterrupt
-
             try:
                 restore(
                     images,
@@ -107,12 +99,12 @@ class TestThoseThatChangeImages:
                     tmp_path / "parts",
                     runtime=runtime,
                     checkpoint_seconds=0,
-                    progress=stop,
+                    progress=stop_after(reports),
                 )
                 break
             except KeyboardInterrupt:
-                stop_after += 1
-        assert stop_after > 4
+                reports += 1
+        assert reports > 4
         assert tree(tmp_path / "parts") == expected
 
     def test_files_keep_names_size_and_kind(

@@ -16,7 +16,7 @@ from privet.audit.flags import Facts, Flag, Overlap, find_flags
 from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
-from privet.errors import InputError
+from privet.errors import InputError, UsageError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json
 from privet.images import Budget, ImageSet, Similarity, align, compare_all, open_images, pair
 from privet.learning import Job, Learner, Runtime, learn
@@ -158,7 +158,7 @@ def _prepare(
     linf = max(similarity.linf for similarity in similarities)
     if linf == 0:
         raise InputError("The protected images equal the clean ones: there is nothing to audit.")
-    claimed = Budget(**protection["budget"]) if protection and "budget" in protection else None
+    claimed = _claimed(protection)
     noise = _control(similarities, clean.size, claimed)
     publish(clean, noise, out / CONTROL, runtime=runtime, seed=seed, progress=progress)
     random = align(open_images(out / CONTROL, size=clean.size, progress=progress), clean.class_names)
@@ -205,6 +205,16 @@ def _overlap(source: str, clean: ImageSet, test: ImageSet, runtime: Runtime) -> 
     if known is None:
         return Overlap(clean=None, test=None)
     return Overlap(clean=len(known & fingerprints(clean)), test=len(known & fingerprints(test)))
+
+
+def _claimed(protection: dict[str, Any] | None) -> Budget | None:
+    """Return the budget that run.json states, or None if it states none."""
+    if not protection or "budget" not in protection:
+        return None
+    try:
+        return Budget(**protection["budget"])
+    except (TypeError, UsageError) as error:
+        raise InputError(f"The run.json of the protected images states no budget: {error}") from error
 
 
 def _excess(claimed: Budget | None, change: Similarity, size: tuple[int, int]) -> str | None:

@@ -116,14 +116,20 @@ def load_prior(source: str | Path, *, runtime: Runtime) -> Prior:
     if about.get("range", RANGE) != RANGE:
         raise InputError(f"{folder} works on values in {about['range']}; expected {RANGE}.")
     kept = _schedule(read_json(schedules[0]), folder)
+    if about and not (
+        isinstance(about.get("max_t"), int)
+        and 1 <= about["max_t"] <= len(kept)
+        and about.keys() >= {"training", "images", "size", "loss"}
+    ):
+        raise InputError(f"{folder / ABOUT} is not a record that 'privet prior train' wrote. Train it again.")
     model = _network(network)
     images = None
     if (listing := folder / "images.txt").is_file():
-        images = frozenset(listing.read_text("ascii").split())
+        images = frozenset(listing.read_text("ascii", errors="replace").split())
     return Prior(
         model=runtime.place(model.eval().requires_grad_(False)),
         kept=kept,
-        max_t=int(about.get("max_t", len(kept))),
+        max_t=about.get("max_t", len(kept)),
         about=about,
         images=images,
     )
