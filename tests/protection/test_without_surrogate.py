@@ -116,6 +116,16 @@ def test_ops_sets_one_pixel_of_one_colour_for_each_class(runtime: Runtime) -> No
     assert len({int(places[images.labels == label][0]) for label in range(5)}) == 5
 
 
+def test_ops_takes_the_best_pixel_and_no_pixel_twice(runtime: Runtime) -> None:
+    one = blobs(8, size=(5, 5), classes=1).pixels
+    images = ImageSet.from_arrays(torch.cat((one, one)), torch.arange(16) // 8)  # both classes want the same
+    protected = OPS().protect(images, Job(runtime=runtime)).pixels
+    colours = torch.tensor([[n >> 2 & 1, n >> 1 & 1, n & 1] for n in range(8)], dtype=torch.float64)
+    best = scores(images, colours)[0].max(0).values.argsort(descending=True)  # of each position
+    places = (protected != images.pixels).any(1).flatten(1).int().argmax(1)
+    assert places.tolist() == [int(best[0])] * 8 + [int(best[1])] * 8
+
+
 def test_ops_needs_a_pixel_for_each_class(runtime: Runtime) -> None:
     images = blobs(5, size=(2, 2), classes=5)
     with pytest.raises(InputError, match="5 classes need 5 pixels of their own, but images have 4"):

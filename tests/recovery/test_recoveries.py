@@ -198,6 +198,23 @@ def test_projection_takes_class_wise_noise_off(method: OPS | LSP, runtime: Runti
     assert told_apart(after) < 0.75
 
 
+def test_coin_interpolates_between_the_four_pixels_around_a_place(runtime: Runtime) -> None:
+    images = blobs(2, size=(5, 7))
+    after = recovered(COIN(reach=2.0), images, runtime)
+    draws = Job(runtime=runtime).random("recover", 0)
+    offset = (2 * torch.rand(2, 2, 5, 7, generator=draws) - 1) * 2.0
+    for which, row, column in np.ndindex(2, 5, 7):
+        y, x = (
+            float(at + moved) for at, moved in zip((row, column), offset[which, :, row, column], strict=True)
+        )
+        top, left = int(np.floor(y)), int(np.floor(x))
+        expected = np.zeros(3)
+        for down, right in np.ndindex(2, 2):
+            weight = (1 - abs(y - top - down)) * (1 - abs(x - left - right))
+            expected += weight * images.pixels[which, :, (top + down) % 5, (left + right) % 7].numpy()
+        assert np.abs(after[which, :, row, column].numpy() - expected).max() <= 0.51
+
+
 def test_coin_fetches_pixels_from_near_by(runtime: Runtime) -> None:
     ramp = torch.arange(40).view(1, 1, 1, 40).expand(1, 3, 40, 40).to(torch.uint8) * 4
     images = ImageSet.from_arrays(ramp.contiguous(), torch.tensor([0]))
