@@ -18,6 +18,7 @@ Size = tuple[int, int]
 
 # L2 budgets are stated at this side. Larger images get proportionally more: the same for each pixel.
 SIDE = 32
+BISECTIONS = 8  # of the range that rounding makes: what is left of it is a fraction of one unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Budget:
     def fit(self, delta: Tensor) -> Tensor:
         """Round perturbations, (batch, channels, height, width) in 1/255, to integers within the budget.
 
-        "linf" clips; "l2" shrinks each image until its integers keep the bound; "l0" and "none" round only.
+        "linf" clips; "l2" shrinks each image no more than its integers need; "l0" and "none" round only.
         """
         if self.norm == "linf":
             return delta.round().clamp_(-self.amount, self.amount)
@@ -74,14 +75,17 @@ class Budget:
             return delta.round()
         size = (delta.shape[2], delta.shape[3])
         bound = 255 * self.allowed(size, seen=size)
-        factor = (bound / _length(delta).clamp(min=1e-9)).clamp(max=1)
-        for _ in range(8):  # rounding changes the length a little, either way
-            rounded = (delta * factor).round()
-            excess = _length(rounded) / bound
-            if bool((excess <= 1).all()):
-                return rounded
-            factor = torch.where(excess > 1, factor / excess * 0.999, factor)
-        return torch.where(_length(rounded) > bound, (delta * factor).trunc(), rounded)
+        length = _length(delta).clamp(min=1e-9)
+        # Rounding moves n values by at most sqrt(n) / 2: `low` always fits, and lengths grow with the factor.
+        high = (bound / length).clamp(max=1).to(delta.dtype)
+        low = ((bound - math.sqrt(delta[0].numel()) / 2) / length).clamp(min=0, max=1).to(delta.dtype)
+        low = torch.where(_length((delta * high).round_()) <= bound, high, low)
+        if bool((low < high).any()):
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                fits = _length((delta * middle).round_()) <= bound
+                low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+        return (delta * low).round_()
 
     def enlarge(self, delta: Tensor, size: Size) -> Tensor:
         """Return a perturbation, (3, height, width), at another size, as integers within the budget.
@@ -118,4 +122,5 @@ def of_length(delta: Tensor, length: float) -> Tensor:
 
 
 def _length(delta: Tensor) -> Tensor:
-    return delta.double().square().sum((1, 2, 3), keepdim=True).sqrt()
+    lengths: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64)
+    return lengths[:, None, None, None]
