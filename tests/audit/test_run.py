@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tests.conftest import blobs
 from tests.images.test_write import shifted, tree
 
@@ -181,6 +183,33 @@ def test_the_control_is_noise_of_the_protection_s_norm(
         max(getattr(one, norm) for one in changes) for changes in (control, audit.material.similarities)
     )
     assert 0.85 * largest <= worst <= largest * 1.000001
+
+
+def test_pixels_are_counted_in_the_files_whatever_size_networks_see(
+    make_folder: Make, runtime: Runtime, tmp_path: Path
+) -> None:
+    clean = make_folder(blobs(24, size=(20, 20)), "clean")
+    test = make_folder(blobs(12, seed=1, size=(20, 20)), "test")
+    publish(open_images(clean, size=8), OPS(), tmp_path / "protected", runtime=runtime, seed=1)
+    plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
+
+    def flags(out: str) -> list[str]:
+        audit = run_audit(
+            clean, tmp_path / "protected", test=test, out=tmp_path / out, plan=plan, runtime=runtime, size=8
+        )
+        assert max(one.l0 for one in audit.material.similarities) > 1  # the block of a pixel, made smaller
+        return [flag.says for flag in audit.flags if flag.name == "over-budget"]
+
+    assert flags("whole") == []
+    path = sorted((tmp_path / "protected").glob("*/*.png"))[0]
+    changed = np.array(Image.open(path))
+    changed[::2] ^= 1
+    Image.fromarray(changed).save(path)
+    (says,) = flags("changed")
+    assert "pixels; the budget is 9 that run.json claims" in says
+    Image.fromarray(changed[:12]).save(path)
+    (says,) = flags("cut")
+    assert "its size (12 x 20, not 20 x 20); the budget is 1 pixels" in says
 
 
 def test_files_that_leave_the_claimed_budget_are_flagged(

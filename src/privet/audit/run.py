@@ -19,6 +19,8 @@ from privet.audit.verdict import Verdict, judge
 from privet.errors import InputError, UsageError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json
 from privet.images import Budget, ImageSet, Similarity, align, compare_all, open_images, pair
+from privet.images.picture import PictureError, decode
+from privet.images.similarity import compare
 from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.runtime import describe_device, use_threads
 from privet.progress import Progress, silent
@@ -170,7 +172,7 @@ def _prepare(
         unpaired=total - 2 * len(clean),
         overlap=sum(_bytes(image) in seen for image in test.pixels),
         linf=linf,
-        excess=next((words for one in similarities if (words := _excess(claimed, one, clean.size))), None),
+        excess=_excess(claimed, clean, protected, similarities, protection),
         protection=protection,
         prior=_overlap(plan.prior, clean, test, runtime) if plan.prior else None,
     )
@@ -185,7 +187,7 @@ def _prepare(
 
 
 def _control(changes: Sequence[Similarity], size: tuple[int, int], claimed: Budget | None) -> RandomNoise:
-    """Return random noise as large as the largest change, in the norm that the protection claims.
+    """Return random noise as large as the largest change (of pixels: as many as may), in the claimed norm.
 
     Without a claim small changes are taken for L-infinity, others for L2; L2 also stands in for no norm.
     """
@@ -193,8 +195,8 @@ def _control(changes: Sequence[Similarity], size: tuple[int, int], claimed: Budg
     norm = claimed.norm if claimed else "linf" if linf <= LARGE else "l2"
     if norm == "linf":
         return RandomNoise(epsilon=min(127, linf))
-    if norm == "l0":
-        return RandomNoise(norm="l0", epsilon=max(change.l0 for change in changes))
+    if claimed and norm == "l0":
+        return RandomNoise(norm="l0", epsilon=int(claimed.amount))
     for_each = Budget(norm="l2", amount=1).allowed(size, seen=size)
     return RandomNoise(norm="l2", epsilon=max(change.l2 for change in changes) / for_each)
 
@@ -217,8 +219,35 @@ def _claimed(protection: dict[str, Any] | None) -> Budget | None:
         raise InputError(f"The run.json of the protected images states no budget: {error}") from error
 
 
-def _excess(claimed: Budget | None, change: Similarity, size: tuple[int, int]) -> str | None:
-    return claimed.excess(change, size, seen=size) if claimed else None
+def _excess(
+    claimed: Budget | None,
+    clean: ImageSet,
+    protected: ImageSet,
+    similarities: Sequence[Similarity],
+    protection: dict[str, Any] | None,
+) -> str | None:
+    """Return by what an image exceeds the budget that run.json states, or None if none does.
+
+    What networks see is enough to tell, but for a count of pixels: one pixel of a large file becomes a part of
+    several when the file is made smaller, so there the files themselves are compared.
+    """
+    if claimed is None:
+        return None
+    if claimed.norm != "l0":
+        found = (claimed.excess(change, clean.size, seen=clean.size) for change in similarities)
+        return next(filter(None, found), None)
+    height, width = (protection or {}).get("size", clean.size)
+    for one, other in zip(clean.files, protected.files, strict=True):
+        try:
+            before, after = decode(one.read()), decode(other.read())
+        except PictureError as error:
+            raise InputError(f"{other.file} could be read a moment ago, and now cannot: {error}") from error
+        if before.size != after.size:
+            shapes = " x ".join(map(str, after.size)), " x ".join(map(str, before.size))
+            return f"its size ({shapes[0]}, not {shapes[1]}); the budget is {claimed.amount:g} pixels"
+        if words := claimed.excess(compare(before.rgb, after.rgb), before.size, seen=(height, width)):
+            return words
+    return None
 
 
 def _protection(source: str | Path) -> dict[str, Any] | None:
