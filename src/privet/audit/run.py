@@ -10,28 +10,30 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
-from privet.audit.flags import Facts, Flag, Overlap, find_flags
+from privet.audit.flags import Facts, Flag, PriorFacts, find_flags
 from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
 from privet.errors import InputError, UsageError
-from privet.files import RUN, WORKSPACE, claim, finish, read_json
-from privet.images import Budget, ImageSet, Similarity, align, compare_all, open_images, pair
+from privet.files import RUN, WORKSPACE, append_line, claim, finish, read_json, read_lines, write_bytes
+from privet.images import Budget, ImageSet, Similarity, align, by_psnr, compare_all, open_images, pair
 from privet.images.picture import PictureError, decode
 from privet.images.similarity import compare
 from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.runtime import describe_device, use_threads
 from privet.progress import Progress, silent
 from privet.protection import RandomNoise, publish
-from privet.recovery import create_recovery, load_prior
+from privet.recovery import create_recovery, load_prior, noise_error
 from privet.recovery.prior import fingerprints
 from privet.version import VERSION
 
 CONTROL = "control"
 LARGE = 32  # in 1/255; beyond it nobody claims an L-infinity budget
-CELLS = "cells.jsonl"
+CELLS, COSTS, EXAMPLES = "cells.jsonl", "recoveries.jsonl", "examples.safetensors"
+SHOWN = 8  # images kept to look at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Material:
     protected: ImageSet
     test: ImageSet
     similarities: tuple[Similarity, ...]  # of each protected image to its original
+    shown: tuple[int, ...]  # images to look at, those that were changed most
     facts: Facts
 
     def sets(self) -> dict[str, ImageSet]:
@@ -53,7 +56,19 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """A finished audit."""
+    """A finished audit.
+
+    Attributes:
+        plan: the grid.
+        material: the files.
+        results: of each cell, as JSON values.
+        table: the results, seeds put together.
+        flags: reasons for doubt.
+        verdict: what it comes to.
+        costs: of each recovery of the protected images: seconds (None if it was interrupted) and facts.
+        examples: what each recovery that changes images made of the shown ones, uint8.
+        run: what the results depend on.
+    """
 
     plan: Plan
     material: Material
@@ -61,6 +76,8 @@ class Audit:
     table: tuple[Row, ...]
     flags: tuple[Flag, ...]
     verdict: Verdict
+    costs: dict[str, dict[str, Any]]
+    examples: dict[str, torch.Tensor]
     run: dict[str, Any]
 
 
@@ -120,8 +137,15 @@ def run_audit(
     todo = [cell for cell in plan.cells() if cell not in store.results]
     total = len(plan.cells())
     sets = material.sets()
+    measured = {(line["data"], line["recovery"]) for line in read_lines(out / COSTS)}
     for data, recovery in dict.fromkeys((cell.data, cell.recovery) for cell in todo):
-        recover(sets[data], data, recovery, plan=plan, out=out, runtime=runtime, seed=seed, progress=progress)
+        begun, started = _folder(out, data, recovery).exists(), time.perf_counter()
+        _, found = recover(
+            sets[data], data, recovery, plan=plan, out=out, runtime=runtime, seed=seed, progress=progress
+        )
+        seconds = None if begun else round(time.perf_counter() - started, 3)  # of a part it would mislead
+        if (data, recovery) not in measured:
+            append_line(out / COSTS, {"data": data, "recovery": recovery, "seconds": seconds, "facts": found})
     for cell, result, seconds in _train(todo, sets, plan, runtime, seed, out, workers, threads):
         store.add(cell, result, seconds=seconds)
         if finished is not None:
@@ -135,6 +159,8 @@ def run_audit(
         table=tuple(table),
         flags=tuple(flags),
         verdict=judge(plan, table, flags, material.facts),
+        costs={line["recovery"]: line for line in read_lines(out / COSTS) if line["data"] == "protected"},
+        examples=_examples(material, sets["protected"], plan, out, runtime, seed),
         run=run,
     )
     finish(out, run, {"verdict": audit.verdict.grade})
@@ -174,7 +200,7 @@ def _prepare(
         linf=linf,
         excess=_excess(claimed, clean, protected, similarities, protection),
         protection=protection,
-        prior=_overlap(plan.prior, clean, test, runtime) if plan.prior else None,
+        prior=_prior_facts(plan.prior, clean, test, runtime) if plan.prior else None,
     )
     return Material(
         clean=clean,
@@ -182,6 +208,7 @@ def _prepare(
         protected=protected,
         test=test,
         similarities=similarities,
+        shown=tuple(by_psnr(similarities, clean.names)[:SHOWN]),
         facts=facts,
     )
 
@@ -201,12 +228,16 @@ def _control(changes: Sequence[Similarity], size: tuple[int, int], claimed: Budg
     return RandomNoise(norm="l2", epsilon=max(change.l2 for change in changes) / for_each)
 
 
-def _overlap(source: str, clean: ImageSet, test: ImageSet, runtime: Runtime) -> Overlap:
-    """Return how many of the originals and of the test images the prior has seen."""
-    known = load_prior(source, runtime=runtime).images
-    if known is None:
-        return Overlap(clean=None, test=None)
-    return Overlap(clean=len(known & fingerprints(clean)), test=len(known & fingerprints(test)))
+def _prior_facts(source: str, clean: ImageSet, test: ImageSet, runtime: Runtime) -> PriorFacts:
+    """Return what the prior has seen, and whether it knows images like these."""
+    prior = load_prior(source, runtime=runtime)
+    known = prior.images
+    return PriorFacts(
+        clean=None if known is None else len(known & fingerprints(clean)),
+        test=None if known is None else len(known & fingerprints(test)),
+        own=prior.about.get("loss"),
+        here=noise_error(prior, test, Job(runtime=runtime)),
+    )
 
 
 def _claimed(protection: dict[str, Any] | None) -> Budget | None:
@@ -301,11 +332,32 @@ def recover(
     runtime: Runtime,
     seed: int,
     progress: Progress = silent,
-) -> ImageSet:
-    """Return what a recovery makes of one of the three sets, from disk if it was made before."""
-    folder = out / WORKSPACE / f"{data}-{recovery}"
-    job = Job(runtime=runtime, seed=seed, workspace=folder, progress=progress)
-    return create_recovery(recovery, prior=plan.prior).recover(images, job)
+) -> tuple[ImageSet, dict[str, Any]]:
+    """Return what a recovery makes of one of the three sets, from disk if it was made before, and its facts."""
+    job = Job(runtime=runtime, seed=seed, workspace=_folder(out, data, recovery), progress=progress)
+    return create_recovery(recovery, prior=plan.prior).recover(images, job), job.facts
+
+
+def _examples(
+    material: Material, protected: ImageSet, plan: Plan, out: Path, runtime: Runtime, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return what recoveries made of the shown images; kept, for the recovered sets themselves are not."""
+    path = out / EXAMPLES
+    if not path.exists():
+        index, found = list(material.shown), {}
+        for recovery in plan.recoveries:
+            images, _ = recover(
+                protected, "protected", recovery, plan=plan, out=out, runtime=runtime, seed=seed
+            )
+            if images.pixels is not protected.pixels:
+                found[recovery] = images.pixels[index].contiguous()
+        write_bytes(path, safetensors.torch.save(found))
+    examples: dict[str, torch.Tensor] = safetensors.torch.load(path.read_bytes())
+    return examples
+
+
+def _folder(out: Path, data: str, recovery: str) -> Path:
+    return out / WORKSPACE / f"{data}-{recovery}"
 
 
 class Trainer:
@@ -330,7 +382,7 @@ class Trainer:
                     out=self.out,
                     runtime=self.runtime,
                     seed=self.seed,
-                ),
+                )[0],
                 recovery.present(self.sets["test"]),
             )
             self.key = cell.data, cell.recovery
