@@ -87,7 +87,7 @@ SMALL = Table(
         "projection+purify",
         "avatar",
     ),
-    training=PriorTraining(scale="tiny", steps=12_000, batch_size=32, learning_rate=5e-4),
+    training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=5e-4),
     learner=Learner(architecture="resnet10-w16", epochs=20),
     seeds=(0, 1, 2),
 )

@@ -45,7 +45,7 @@ def train(
     out
         New folder for the prior in diffusers' layout, its loss, and a picture of what it makes of noise.
     scale
-        tiny (0.7 million weights, for processors), small (6 million) or ddpm (36 million).
+        tiny (0.6 million weights, for processors), small (6 million) or ddpm (36 million).
     steps
         Of the optimiser.
     batch_size
