@@ -87,7 +87,7 @@ SMALL = Table(
         "projection+purify",
         "avatar",
     ),
-    training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=5e-4),
+    training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=1e-3),
     learner=Learner(architecture="resnet10-w16", epochs=20),
     seeds=(0, 1, 2),
 )
@@ -177,8 +177,11 @@ class Bench:
         self.prior = work / f"{self.kind}-prior"
 
     def train_prior(self) -> None:
-        """Train the prior on the reference images, if that is not done."""
-        train_prior(self.reference, self.table.training, self.prior, runtime=self.runtime, progress=Lines())
+        """Train the prior on the reference images, if that is not done, with as many threads as there are now."""
+        if not (self.prior / "prior.json").exists():
+            train_prior(
+                self.reference, self.table.training, self.prior, runtime=self.runtime, progress=Lines()
+            )
 
     def protected(self, protection: str) -> ImageSet:
         """Return protected files, made now if they are not there."""
