@@ -31,6 +31,8 @@ from privet.protection import (
     REM,
     SEM,
     TAP,
+    TUE,
+    UCL,
     Bounded,
     Job,
     Protection,
@@ -42,6 +44,7 @@ from privet.protection.publication import publish
 Make = Callable[..., Path]
 
 SMALL = {"surrogate": "cnn-w4", "train_steps": 3, "batch_size": 8, "noise_steps": 2}
+CONTRASTIVE = {"surrogate": "cnn-w4", "class_steps": 2, "train_steps": 2, "batch_size": 8, "noise_steps": 2}
 
 TABLE: dict[str, Protection] = {
     "em": EM(max_rounds=2, **SMALL),
@@ -51,6 +54,9 @@ TABLE: dict[str, Protection] = {
     "sem, warm": SEM(views=2, attack_steps=2, warm_start=True, train_noise_steps=1, train_views=1, **SMALL),
     "rem": REM(views=2, attack_steps=2, **SMALL),
     "tap": TAP(surrogate="cnn-w4", epochs=2, batch_size=8, noise_steps=3, restarts=2),
+    "ucl": UCL(class_rounds=1, rounds=1, **CONTRASTIVE),
+    "ucl class-wise": UCL(class_rounds=2, rounds=0, **CONTRASTIVE),
+    "tue": TUE(rounds=2, **CONTRASTIVE),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),
