@@ -326,11 +326,12 @@ def test_settings_out_of_range_are_refused() -> None:
         REM(radius=-1)
 
 
-def test_class_wise_noise_is_one_pattern_a_class(runtime: Runtime) -> None:
+@pytest.mark.parametrize("name", ["em class-wise", "ucl class-wise"])
+def test_class_wise_noise_is_one_pattern_a_class(runtime: Runtime, name: str) -> None:
     images = ImageSet.from_arrays(
         torch.randint(40, 200, (9, 3, 8, 8), dtype=torch.uint8), torch.arange(9) % 3
     )
-    change = difference(images, TABLE["em class-wise"].protect(images, job(runtime)))
+    change = difference(images, TABLE[name].protect(images, job(runtime)))
     for label in range(3):
         members = change[images.labels == label]
         assert bool((members == members[0]).all())

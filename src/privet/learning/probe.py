@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from privet.images.image_set import ImageSet
 from privet.learning.attack import frozen
 from privet.learning.runtime import Runtime
-from privet.models.projection import other_head, projection_head
+from privet.models.projection import last_layer, other_head
 
 BATCH = 512
 STEPS = 100  # of L-BFGS at most; it usually ends sooner
@@ -24,7 +24,7 @@ def probe(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> tuple[nn.L
     The papers train the same layer by SGD on random crops.
 
     Args:
-        model: a network with a projection head, which is left aside.
+        model: a network, whose last layer is left aside.
         images: labelled images.
         runtime: where and how precisely features are computed.
     """
@@ -54,7 +54,7 @@ def probe(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> tuple[nn.L
 
 @torch.no_grad()
 def features(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> Tensor:
-    """Return what the projection head of a network would get, (images, features), float32."""
+    """Return what a network's last layer would get, (images, features), float32."""
     rows = []
     with other_head(model, nn.Identity()), frozen(model), runtime.autocast():
         for start in range(0, len(images), BATCH):
@@ -64,6 +64,6 @@ def features(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> Tensor:
 
 
 def with_probe(model: nn.Module, layer: nn.Linear) -> nn.Module:
-    """Put a probe in the place of the projection head for good, and return the classifier."""
-    model.set_submodule(projection_head(model)[0], layer)
+    """Exchange a network's last layer for a probe for good, and return the classifier."""
+    model.set_submodule(last_layer(model)[0], layer)
     return model

@@ -63,8 +63,8 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith(PREFIX):
-            base = name.removeprefix(PREFIX)
-            return with_projection(create_model(base, classes=classes, size=size, seed=seed), base)
+            encoder = create_model(name.removeprefix(PREFIX), classes=classes, size=size, seed=seed)
+            return with_projection(encoder)
         if name.startswith("timm:"):
             return _timm(name.removeprefix("timm:"), classes=classes, size=size)
         base, width = _split(name)

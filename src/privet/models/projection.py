@@ -26,33 +26,38 @@ class ProjectionHead(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
-def with_projection(classifier: nn.Module, name: str) -> nn.Module:
+def with_projection(classifier: nn.Module) -> nn.Module:
     """Put a projection head in the place of a classifier's last layer, and return the network.
 
     Raises:
-        UsageError: the network does not end in a linear layer.
+        UsageError: as `last_layer`.
     """
-    linear = [path for path, module in classifier.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UsageError(f"{PREFIX}{name}: expected a network that ends in a linear layer; {name} has none.")
-    last = classifier.get_submodule(linear[-1])
-    assert isinstance(last, nn.Linear)
-    classifier.set_submodule(linear[-1], ProjectionHead(last.in_features))
+    path, layer = last_layer(classifier)
+    assert isinstance(layer, nn.Linear)
+    classifier.set_submodule(path, ProjectionHead(layer.in_features))
     return classifier
 
 
-def projection_head(model: nn.Module) -> tuple[str, ProjectionHead]:
-    """Return where a network's projection head is, and the head."""
-    heads = [(path, module) for path, module in model.named_modules() if isinstance(module, ProjectionHead)]
-    return heads[0]
+def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return what turns features into a network's output, a projection head or a linear layer, and where it is.
+
+    Raises:
+        UsageError: the network has neither.
+    """
+    layers = dict(model.named_modules())
+    for kind in (ProjectionHead, nn.Linear):
+        found = [(path, layer) for path, layer in layers.items() if isinstance(layer, kind)]
+        if found:
+            return found[-1]
+    raise UsageError("Expected a network that ends in a linear layer, got one without any.")
 
 
 @contextlib.contextmanager
 def other_head(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
-    """Give a network with a projection head another head for the block."""
-    path, projection = projection_head(model)
+    """Exchange a network's last layer for the block."""
+    path, layer = last_layer(model)
     model.set_submodule(path, head)
     try:
         yield model
     finally:
-        model.set_submodule(path, projection)
+        model.set_submodule(path, layer)
