@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tests.conftest import blobs
 from tests.images.test_write import shifted, tree
 
@@ -64,6 +68,9 @@ def test_every_cell_is_run_on_files_and_kept(
     assert (tmp_path / "out/run.json").exists() and not (tmp_path / "out/.privet").exists()
 
 
+TIMED = ("cells.jsonl", "recoveries.jsonl")  # they hold seconds
+
+
 def test_results_do_not_depend_on_workers_or_interruptions(
     sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -84,7 +91,12 @@ def test_results_do_not_depend_on_workers_or_interruptions(
             clean, protected, test=test, out=out, plan=plan, runtime=runtime, workers=workers, finished=stop
         )
         write_report(audit, out)
-        return {file: data for file, data in tree(out).items() if file != "cells.jsonl"}  # it holds seconds
+        files = {file: data for file, data in tree(out).items() if file not in TIMED}
+        report = json.loads(files["report.json"])
+        for one in report["recoveries"]:
+            del one["seconds_per_1000"]
+        page = re.sub(rb'<td class="number">(\d+\.\d\d|interrupted)</td>', b"", files["report.html"])
+        return files | {"report.json": json.dumps(report).encode(), "report.html": page}
 
     whole = run("whole")
     assert "report.json" in whole and "report.html" in whole
@@ -183,6 +195,33 @@ def test_the_control_is_noise_of_the_protection_s_norm(
     assert 0.85 * largest <= worst <= largest * 1.000001
 
 
+def test_pixels_are_counted_in_the_files_whatever_size_networks_see(
+    make_folder: Make, runtime: Runtime, tmp_path: Path
+) -> None:
+    clean = make_folder(blobs(24, size=(20, 20)), "clean")
+    test = make_folder(blobs(12, seed=1, size=(20, 20)), "test")
+    publish(open_images(clean, size=8), OPS(), tmp_path / "protected", runtime=runtime, seed=1)
+    plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
+
+    def flags(out: str) -> list[str]:
+        audit = run_audit(
+            clean, tmp_path / "protected", test=test, out=tmp_path / out, plan=plan, runtime=runtime, size=8
+        )
+        assert max(one.l0 for one in audit.material.similarities) > 1  # the block of a pixel, made smaller
+        return [flag.says for flag in audit.flags if flag.name == "over-budget"]
+
+    assert flags("whole") == []
+    path = sorted((tmp_path / "protected").glob("*/*.png"))[0]
+    changed = np.array(Image.open(path))
+    changed[::2] ^= 1
+    Image.fromarray(changed).save(path)
+    (says,) = flags("changed")
+    assert "pixels; the budget is 9 that run.json claims" in says
+    Image.fromarray(changed[:12]).save(path)
+    (says,) = flags("cut")
+    assert "its size (12 x 20, not 20 x 20); the budget is 1 pixels" in says
+
+
 def test_files_that_leave_the_claimed_budget_are_flagged(
     sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -217,7 +256,13 @@ def test_a_recovery_with_a_prior_is_audited_and_what_it_saw_is_flagged(
     )
     audit = run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
     assert len(audit.results) == 6
-    (flag,) = [flag for flag in audit.flags if flag.name.startswith("prior")]
-    assert flag.name == "prior-saw-test" and "5 of the 30 images" in flag.says
+    assert audit.costs["purify+grayscale"]["facts"] == {"purify": {"evaluations": 4}}
+    assert audit.costs["purify+grayscale"]["seconds"] > 0
+    (shown,) = audit.examples.values()
+    assert shown.shape == (8, 3, 8, 8) and torch.equal(shown[:, 0], shown[:, 1])  # grey by now
+    again = run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
+    assert (again.costs, list(again.examples)) == (audit.costs, ["purify+grayscale"])
+    flags = {flag.name: flag.says for flag in audit.flags}
+    assert "5 of the 30 images" in flags["prior-saw-test"]
     page = write_report(audit, tmp_path / "out").read_text()
     assert "purification by a diffusion prior and then grayscale" in page

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import blobs
 
-from privet.audit.flags import Facts, Flag, Overlap, find_flags
-from privet.audit.statistics import Row, Spread, chance, interval, kept, rows, select
+from privet.audit.flags import Facts, Flag, PriorFacts, find_flags
+from privet.audit.statistics import Row, Spread, chance, interval, kept, recovered, rows, select
 from privet.audit.store import Cell, Plan, plan
 from privet.audit.verdict import Verdict, judge
 from privet.errors import UsageError
@@ -150,9 +150,10 @@ def test_a_narrow_audit_never_says_that_a_protection_holds(grid: Plan, facts: Fa
         ({"overlap": 500}, "test-overlap", True),
         ({"unpaired": 3}, "unpaired", False),
         ({"test": 100}, "small-test", False),
-        ({"prior": Overlap(clean=3, test=0)}, "prior-saw-originals", False),
-        ({"prior": Overlap(clean=0, test=1)}, "prior-saw-test", False),
-        ({"prior": Overlap(clean=None, test=None)}, "prior-unknown", False),
+        ({"prior": PriorFacts(clean=3, test=0, own=0.1, here=0.1)}, "prior-saw-originals", False),
+        ({"prior": PriorFacts(clean=0, test=1, own=0.1, here=0.1)}, "prior-saw-test", False),
+        ({"prior": PriorFacts(clean=None, test=None, own=None, here=0.1)}, "prior-unknown", False),
+        ({"prior": PriorFacts(clean=0, test=0, own=0.1, here=0.13)}, "prior-other-domain", False),
         ({"excess": "9/255; the budget is 8/255"}, "over-budget", True),
     ],
 )
@@ -160,6 +161,35 @@ def test_doubts_about_files(change: dict[str, Any], flag: str, grave: bool) -> N
     verdict, flags = audit(good, facts=replace(FACTS, **change))
     assert (flag, grave) in [(one.name, one.grave) for one in flags]
     assert verdict.grade == ("inconclusive" if grave else "holds")
+
+
+def test_a_recovery_that_does_not_repay_its_prior_is_flagged() -> None:
+    grid = replace(PLAN, recoveries=("none", "jpeg-10", "grayscale"))
+
+    def flags(purify: float) -> list[str]:
+        def accuracy(cell: Cell) -> float:
+            if cell.data != "protected":
+                return 0.8
+            return {"none": 0.15, "jpeg-10": 0.6, "grayscale": 0.3, "projection+purify": purify}[
+                cell.recovery
+            ]
+
+        # A plan checks that its recoveries can be made, and there is no prior here.
+        object.__setattr__(grid, "recoveries", ("none", "jpeg-10", "grayscale", "projection+purify"))
+        return [flag.says for flag in audit(accuracy, grid=grid)[1] if flag.name == "worse-than-jpeg"]
+
+    assert flags(0.61) == []
+    (says,) = flags(0.59)
+    assert "projection+purify brings accuracy to 59.0%, and jpeg-10, which costs nothing, to 60.0%" in says
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_what_was_recovered_is_a_share_of_what_was_lost(after: float, protected: float, clean: float) -> None:
+    share = recovered(after, protected, clean)
+    if share is None:
+        assert clean <= protected
+    else:
+        assert protected + share * (clean - protected) == pytest.approx(after)
 
 
 def test_early_stopping_is_flagged() -> None:

@@ -123,7 +123,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     ),
     "budget": (["protect", "{clean}", "--out", "{out}", "--epsilon", "0"], 2, "whole number from 1 to 127"),
     "not a number": (["protect", "{clean}", "--out", "{out}", "--epsilon", "few"], 2, "epsilon"),
-    "inside": (["protect", "{clean}", "--out", "{clean}/out"], 7, "its images would be taken for originals"),
+    "inside": (["protect", "{clean}", "--out", "{clean}/out"], 7, "its images would be read as well"),
     "occupied": (["protect", "{clean}", "--out", "{tmp}"], 7, "holds other files"),
     "device": (["protect", "{clean}", "--out", "{out}", "--device", "tpu"], 2, "Unknown device 'tpu'"),
     "size": (["protect", "{clean}", "--out", "{out}", "--size", "0"], 2, "Expected a size of at least 4"),

@@ -24,11 +24,12 @@ from privet.recovery import (
     Purify,
     create_recovery,
     load_prior,
+    noise_error,
     restore,
     train_prior,
 )
 from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit, walk_back
-from privet.recovery.jcdp import features, perceptual_gradient
+from privet.recovery.perceptual import features, perceptual_gradient
 from privet.recovery.prior import Prior, fingerprints
 
 pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
@@ -288,6 +289,34 @@ def test_the_perceptual_gradient_leads_to_the_image(folder: Path, runtime: Runti
     step = 1e-3 / float(gradient.norm())
     slope = (distance(one + step * gradient) - distance(one - step * gradient)) / (2e-3)
     assert slope == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_the_perceptual_step_is_a_share_of_the_way_to_the_image(folder: Path, runtime: Runtime) -> None:
+    prior, job = load_prior(folder, runtime=runtime), Job(runtime=runtime)
+    images = blobs(3)
+    one, x = (to_unit(pixels, runtime.device) for pixels in (images.pixels.roll(2, 3), images.pixels))
+    step = Purify(prior="x", perceptual=0.1)._downhill(prior, one, x, job)
+    gradient = perceptual_gradient(prior.model, one, x, job)
+    for made, slope, way in zip(step, gradient, x - one, strict=True):
+        assert float(made.norm()) == pytest.approx(float(way.norm()), rel=1e-4)
+        assert float((made * slope).sum()) == pytest.approx(float(made.norm() * slope.norm()), rel=1e-3)
+    assert torch.equal(Purify(prior="x", perceptual=0.1)._downhill(prior, x, x, job), torch.zeros_like(x))
+    plain, guided = (
+        Purify(prior=str(folder), perceptual=share).recover(images, Job(runtime=runtime)).pixels
+        for share in (0.0, 0.1)
+    )
+    assert not torch.equal(plain, guided)
+
+
+def test_a_prior_s_error_is_least_on_what_it_knows(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = blobs(16)
+    prior = exact(to_unit(images.pixels, runtime.device))
+    known = noise_error(prior, images, Job(runtime=runtime))
+    other = noise_error(prior, images.with_pixels(images.pixels.roll(1, 0)), Job(runtime=runtime))
+    assert known == pytest.approx(0, abs=1e-4)
+    kept = float(prior.kept[prior.max_t // 2])  # one group of 16 images: one time, the middle one
+    apart = to_unit(images.pixels, runtime.device) - to_unit(images.pixels.roll(1, 0), runtime.device)
+    assert other == pytest.approx(float(apart.square().mean()) * kept / (1 - kept), rel=0.05)
 
 
 def broken(folder: Path, tmp_path: Path, how: str) -> Path:

@@ -101,12 +101,23 @@ def audit(images: ImageSet | None = None, *, seeds: tuple[int, ...] = (0, 1)) ->
             protected=protected,
             test=clean,
             similarities=tuple(compare_all(clean.pixels, protected.pixels)),
+            shown=(2, 1),
             facts=facts,
         ),
         results=results,
         table=tuple(table),
         flags=tuple(flags),
         verdict=judge(plan, table, flags, facts),
+        costs={
+            "none": {"seconds": 0.0, "facts": {}},
+            "jpeg-10": {"seconds": 0.6, "facts": {}},
+            "grayscale": {"seconds": None, "facts": {"a": {"evaluations": 4}, "evaluations": 3}},
+            "adversarial-4": {"seconds": 0.0, "facts": {}},
+        },
+        examples={
+            "jpeg-10": shifted(clean, 9).pixels[[2, 1]],
+            "grayscale": shifted(clean, 20).pixels[[2, 1]],
+        },
         run=run,
     )
 
@@ -122,7 +133,7 @@ def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path: Path) -> 
         r'xmlns(:\w+)?="[^"]+"|"https?://(www\.w3\.org|purl\.org|creativecommons\.org)[^"]*"', "", page
     )
     assert "The protection does not hold against JPEG at quality 10" in checker.text
-    for words in ("best-above-last", "small-test", "Random noise of the same size is the control", "0/0000"):
+    for words in ("best-above-last", "small-test", "Random noise of the same size is the control", "2/0002"):
         assert (words in checker.text) is (words != "best-above-last")
     assert "<b>em</b>" not in page and "&lt;b&gt;em&lt;/b&gt;" in page
 
@@ -150,6 +161,12 @@ def test_the_json_holds_every_figure(tmp_path: Path) -> None:
     }
     assert len(row["histories"]) == 2
     assert report["images"]["linf"] == 5
+    plain, jpeg, grey, _adversarial = report["recoveries"]
+    assert plain["recovered"] == {"resnet8": 0.0, "vgg11-w16": 0.0}
+    assert jpeg["recovered"]["resnet8"] == pytest.approx(1.0)
+    assert (jpeg["seconds_per_1000"], jpeg["evaluations"]) == (pytest.approx(1000 * 0.6 / 20), 0)
+    assert (grey["seconds_per_1000"], grey["evaluations"]) == (None, 7)
+    assert [one["changes_images"] for one in report["recoveries"]] == [False, True, True, False]
 
 
 def test_one_seed_and_small_images_have_a_page_too(tmp_path: Path) -> None:
@@ -182,6 +199,12 @@ def test_the_worst_come_first() -> None:
 
 def test_the_embedded_picture_is_the_strips(tmp_path: Path) -> None:
     page = write_report(audit(), tmp_path).read_text()
-    (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    recovered, data = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-        assert image.size == ((3 * 16 + 8) * 6, (8 * 16 + 7 * 4) * 6)
+        assert image.size == ((3 * 16 + 8) * 6, (2 * 16 + 4) * 6)
+    with Image.open(io.BytesIO(base64.b64decode(recovered))) as image:
+        assert image.size == ((4 * 16 + 12) * 6, (2 * 16 + 4) * 6)
+        found = np.asarray(image)[::6, ::6][
+            20:36, 40:56
+        ]  # second row, third column: the second image after JPEG
+    assert np.array_equal(found, audit().examples["jpeg-10"][1].permute(1, 2, 0).numpy())

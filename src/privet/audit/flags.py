@@ -9,6 +9,7 @@ from typing import Any
 from privet.audit.statistics import Row, kept, select
 from privet.audit.store import Plan
 from privet.models import family
+from privet.recovery import needs_prior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +30,20 @@ class Flag:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overlap:
-    """How many images a prior has seen that it should not have; None where it does not tell what it saw.
+class PriorFacts:
+    """What is known of the prior that recoveries denoise with.
 
     Attributes:
-        clean: of the originals of the protected images.
-        test: of the test images.
+        clean: how many originals of the protected images it was trained on; None if it does not tell.
+        test: how many test images, likewise.
+        own: its error (of the noise, mean square) on the images that it was trained on, or None if unknown.
+        here: its error on the test images.
     """
 
     clean: int | None
     test: int | None
+    own: float | None
+    here: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ class Facts:
         linf: the largest change of a pixel, in 1/255.
         excess: by what an image exceeds the budget that run.json claims, or None.
         protection: run.json of the protected set, if it has one.
-        prior: what the prior that recoveries denoise with has seen, if there is one.
+        prior: what is known of the prior that recoveries denoise with, if there is one.
     """
 
     chance: float
@@ -65,7 +70,7 @@ class Facts:
     linf: int
     excess: str | None
     protection: dict[str, Any] | None
-    prior: Overlap | None = None
+    prior: PriorFacts | None = None
 
 
 # A flag is raised beyond these.
@@ -74,6 +79,7 @@ LEARNED = 0.10  # clean accuracy must exceed chance by this
 EARLY_STOPPING = 0.05  # best epoch above the last
 SPREAD = 0.05  # standard deviation over seeds
 SMALL_TEST = 500  # images
+FOREIGN = 1.25  # a prior's error here, of its error on its own images
 
 
 def find_flags(plan: Plan, table: Sequence[Row], facts: Facts) -> list[Flag]:
@@ -84,6 +90,7 @@ def find_flags(plan: Plan, table: Sequence[Row], facts: Facts) -> list[Flag]:
         *_training(table),
         *_files(facts),
         *_prior(facts),
+        *_recoveries(plan, table),
     ]
     return sorted(flags, key=lambda flag: not flag.grave)
 
@@ -195,6 +202,15 @@ def _prior(facts: Facts) -> list[Flag]:
             )
         ]
     flags = []
+    if facts.prior.own is not None and facts.prior.here > FOREIGN * facts.prior.own:
+        flags.append(
+            Flag(
+                name="prior-other-domain",
+                says=f"The prior was trained on images of another kind: its error on the test images is "
+                f"{facts.prior.here:.4f}, on its own {facts.prior.own:.4f}. Recoveries with a fitting one may "
+                "bring back more.",
+            )
+        )
     for seen, total, name, whose in (
         (facts.prior.clean, facts.paired, "prior-saw-originals", "the originals of the protected images"),
         (facts.prior.test or 0, facts.test, "prior-saw-test", "the test images"),
@@ -208,6 +224,26 @@ def _prior(facts: Facts) -> list[Flag]:
                 )
             )
     return flags
+
+
+def _recoveries(plan: Plan, table: Sequence[Row]) -> list[Flag]:
+    """Find recoveries that need a prior and do not repay it."""
+    level = {
+        recovery: max(row.last.mean for row in select(table, data="protected", recovery=recovery))
+        for recovery in plan.recoveries
+    }
+    jpeg = max(
+        (name for name in plan.recoveries if name.startswith("jpeg-")), key=level.__getitem__, default=None
+    )
+    return [
+        Flag(
+            name="worse-than-jpeg",
+            says=f"{name} brings accuracy to {level[name]:.1%}, and {jpeg}, which costs nothing, to {level[jpeg]:.1%}. "
+            "Train the prior longer, or on images more like these.",
+        )
+        for name in plan.recoveries
+        if jpeg is not None and needs_prior(name) and level[name] < level[jpeg]
+    ]
 
 
 def _files(facts: Facts) -> list[Flag]:

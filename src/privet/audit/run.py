@@ -10,26 +10,30 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
-from privet.audit.flags import Facts, Flag, Overlap, find_flags
+from privet.audit.flags import Facts, Flag, PriorFacts, find_flags
 from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
 from privet.errors import InputError, UsageError
-from privet.files import RUN, WORKSPACE, claim, finish, read_json
-from privet.images import Budget, ImageSet, Similarity, align, compare_all, open_images, pair
+from privet.files import RUN, WORKSPACE, append_line, claim, finish, read_json, read_lines, write_bytes
+from privet.images import Budget, ImageSet, Similarity, align, by_psnr, compare_all, open_images, pair
+from privet.images.picture import PictureError, decode
+from privet.images.similarity import compare
 from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.runtime import describe_device, use_threads
 from privet.progress import Progress, silent
 from privet.protection import RandomNoise, publish
-from privet.recovery import create_recovery, load_prior
+from privet.recovery import create_recovery, load_prior, noise_error
 from privet.recovery.prior import fingerprints
 from privet.version import VERSION
 
 CONTROL = "control"
 LARGE = 32  # in 1/255; beyond it nobody claims an L-infinity budget
-CELLS = "cells.jsonl"
+CELLS, COSTS, EXAMPLES = "cells.jsonl", "recoveries.jsonl", "examples.safetensors"
+SHOWN = 8  # images kept to look at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class Material:
     protected: ImageSet
     test: ImageSet
     similarities: tuple[Similarity, ...]  # of each protected image to its original
+    shown: tuple[int, ...]  # images to look at, those that were changed most
     facts: Facts
 
     def sets(self) -> dict[str, ImageSet]:
@@ -51,7 +56,19 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """A finished audit."""
+    """A finished audit.
+
+    Attributes:
+        plan: the grid.
+        material: the files.
+        results: of each cell, as JSON values.
+        table: the results, seeds put together.
+        flags: reasons for doubt.
+        verdict: what it comes to.
+        costs: of each recovery of the protected images: seconds (None if it was interrupted) and facts.
+        examples: what each recovery that changes images made of the shown ones, uint8.
+        run: what the results depend on.
+    """
 
     plan: Plan
     material: Material
@@ -59,6 +76,8 @@ class Audit:
     table: tuple[Row, ...]
     flags: tuple[Flag, ...]
     verdict: Verdict
+    costs: dict[str, dict[str, Any]]
+    examples: dict[str, torch.Tensor]
     run: dict[str, Any]
 
 
@@ -118,8 +137,15 @@ def run_audit(
     todo = [cell for cell in plan.cells() if cell not in store.results]
     total = len(plan.cells())
     sets = material.sets()
+    measured = {(line["data"], line["recovery"]) for line in read_lines(out / COSTS)}
     for data, recovery in dict.fromkeys((cell.data, cell.recovery) for cell in todo):
-        recover(sets[data], data, recovery, plan=plan, out=out, runtime=runtime, seed=seed, progress=progress)
+        begun, started = _folder(out, data, recovery).exists(), time.perf_counter()
+        _, found = recover(
+            sets[data], data, recovery, plan=plan, out=out, runtime=runtime, seed=seed, progress=progress
+        )
+        seconds = None if begun else round(time.perf_counter() - started, 3)  # of a part it would mislead
+        if (data, recovery) not in measured:
+            append_line(out / COSTS, {"data": data, "recovery": recovery, "seconds": seconds, "facts": found})
     for cell, result, seconds in _train(todo, sets, plan, runtime, seed, out, workers, threads):
         store.add(cell, result, seconds=seconds)
         if finished is not None:
@@ -133,6 +159,8 @@ def run_audit(
         table=tuple(table),
         flags=tuple(flags),
         verdict=judge(plan, table, flags, material.facts),
+        costs={line["recovery"]: line for line in read_lines(out / COSTS) if line["data"] == "protected"},
+        examples=_examples(material, sets["protected"], plan, out, runtime, seed),
         run=run,
     )
     finish(out, run, {"verdict": audit.verdict.grade})
@@ -170,9 +198,9 @@ def _prepare(
         unpaired=total - 2 * len(clean),
         overlap=sum(_bytes(image) in seen for image in test.pixels),
         linf=linf,
-        excess=next((words for one in similarities if (words := _excess(claimed, one, clean.size))), None),
+        excess=_excess(claimed, clean, protected, similarities, protection),
         protection=protection,
-        prior=_overlap(plan.prior, clean, test, runtime) if plan.prior else None,
+        prior=_prior_facts(plan.prior, clean, test, runtime) if plan.prior else None,
     )
     return Material(
         clean=clean,
@@ -180,12 +208,13 @@ def _prepare(
         protected=protected,
         test=test,
         similarities=similarities,
+        shown=tuple(by_psnr(similarities, clean.names)[:SHOWN]),
         facts=facts,
     )
 
 
 def _control(changes: Sequence[Similarity], size: tuple[int, int], claimed: Budget | None) -> RandomNoise:
-    """Return random noise as large as the largest change, in the norm that the protection claims.
+    """Return random noise as large as the largest change (of pixels: as many as may), in the claimed norm.
 
     Without a claim small changes are taken for L-infinity, others for L2; L2 also stands in for no norm.
     """
@@ -193,18 +222,22 @@ def _control(changes: Sequence[Similarity], size: tuple[int, int], claimed: Budg
     norm = claimed.norm if claimed else "linf" if linf <= LARGE else "l2"
     if norm == "linf":
         return RandomNoise(epsilon=min(127, linf))
-    if norm == "l0":
-        return RandomNoise(norm="l0", epsilon=max(change.l0 for change in changes))
+    if claimed and norm == "l0":
+        return RandomNoise(norm="l0", epsilon=int(claimed.amount))
     for_each = Budget(norm="l2", amount=1).allowed(size, seen=size)
     return RandomNoise(norm="l2", epsilon=max(change.l2 for change in changes) / for_each)
 
 
-def _overlap(source: str, clean: ImageSet, test: ImageSet, runtime: Runtime) -> Overlap:
-    """Return how many of the originals and of the test images the prior has seen."""
-    known = load_prior(source, runtime=runtime).images
-    if known is None:
-        return Overlap(clean=None, test=None)
-    return Overlap(clean=len(known & fingerprints(clean)), test=len(known & fingerprints(test)))
+def _prior_facts(source: str, clean: ImageSet, test: ImageSet, runtime: Runtime) -> PriorFacts:
+    """Return what the prior has seen, and whether it knows images like these."""
+    prior = load_prior(source, runtime=runtime)
+    known = prior.images
+    return PriorFacts(
+        clean=None if known is None else len(known & fingerprints(clean)),
+        test=None if known is None else len(known & fingerprints(test)),
+        own=prior.about.get("loss"),
+        here=noise_error(prior, test, Job(runtime=runtime)),
+    )
 
 
 def _claimed(protection: dict[str, Any] | None) -> Budget | None:
@@ -217,8 +250,35 @@ def _claimed(protection: dict[str, Any] | None) -> Budget | None:
         raise InputError(f"The run.json of the protected images states no budget: {error}") from error
 
 
-def _excess(claimed: Budget | None, change: Similarity, size: tuple[int, int]) -> str | None:
-    return claimed.excess(change, size, seen=size) if claimed else None
+def _excess(
+    claimed: Budget | None,
+    clean: ImageSet,
+    protected: ImageSet,
+    similarities: Sequence[Similarity],
+    protection: dict[str, Any] | None,
+) -> str | None:
+    """Return by what an image exceeds the budget that run.json states, or None if none does.
+
+    What networks see is enough to tell, but for a count of pixels: one pixel of a large file becomes a part of
+    several when the file is made smaller, so there the files themselves are compared.
+    """
+    if claimed is None:
+        return None
+    if claimed.norm != "l0":
+        found = (claimed.excess(change, clean.size, seen=clean.size) for change in similarities)
+        return next(filter(None, found), None)
+    height, width = (protection or {}).get("size", clean.size)
+    for one, other in zip(clean.files, protected.files, strict=True):
+        try:
+            before, after = decode(one.read()), decode(other.read())
+        except PictureError as error:
+            raise InputError(f"{other.file} could be read a moment ago, and now cannot: {error}") from error
+        if before.size != after.size:
+            shapes = " x ".join(map(str, after.size)), " x ".join(map(str, before.size))
+            return f"its size ({shapes[0]}, not {shapes[1]}); the budget is {claimed.amount:g} pixels"
+        if words := claimed.excess(compare(before.rgb, after.rgb), before.size, seen=(height, width)):
+            return words
+    return None
 
 
 def _protection(source: str | Path) -> dict[str, Any] | None:
@@ -272,11 +332,32 @@ def recover(
     runtime: Runtime,
     seed: int,
     progress: Progress = silent,
-) -> ImageSet:
-    """Return what a recovery makes of one of the three sets, from disk if it was made before."""
-    folder = out / WORKSPACE / f"{data}-{recovery}"
-    job = Job(runtime=runtime, seed=seed, workspace=folder, progress=progress)
-    return create_recovery(recovery, prior=plan.prior).recover(images, job)
+) -> tuple[ImageSet, dict[str, Any]]:
+    """Return what a recovery makes of one of the three sets, from disk if it was made before, and its facts."""
+    job = Job(runtime=runtime, seed=seed, workspace=_folder(out, data, recovery), progress=progress)
+    return create_recovery(recovery, prior=plan.prior).recover(images, job), job.facts
+
+
+def _examples(
+    material: Material, protected: ImageSet, plan: Plan, out: Path, runtime: Runtime, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return what recoveries made of the shown images; kept, for the recovered sets themselves are not."""
+    path = out / EXAMPLES
+    if not path.exists():
+        index, found = list(material.shown), {}
+        for recovery in plan.recoveries:
+            images, _ = recover(
+                protected, "protected", recovery, plan=plan, out=out, runtime=runtime, seed=seed
+            )
+            if images.pixels is not protected.pixels:
+                found[recovery] = images.pixels[index].contiguous()
+        write_bytes(path, safetensors.torch.save(found))
+    examples: dict[str, torch.Tensor] = safetensors.torch.load(path.read_bytes())
+    return examples
+
+
+def _folder(out: Path, data: str, recovery: str) -> Path:
+    return out / WORKSPACE / f"{data}-{recovery}"
 
 
 class Trainer:
@@ -301,7 +382,7 @@ class Trainer:
                     out=self.out,
                     runtime=self.runtime,
                     seed=self.seed,
-                ),
+                )[0],
                 recovery.present(self.sets["test"]),
             )
             self.key = cell.data, cell.recovery

@@ -103,6 +103,14 @@ def kept(protected: float, clean: float, chance: float) -> float:
     return min(1.0, max(0.0, (protected - chance) / (clean - chance)))
 
 
+def recovered(accuracy: float, protected: float, clean: float) -> float | None:
+    """Return which share of what a protection took away a recovery brings back.
+
+    0 is nothing and 1 all; below 0 the recovery does harm. None where the protection took nothing away.
+    """
+    return (accuracy - protected) / (clean - protected) if clean > protected else None
+
+
 def interval(accuracy: float, count: int) -> tuple[float, float]:
     """Return the 95 % Clopper-Pearson interval of an accuracy measured on `count` images."""
     right = round(accuracy * count)

@@ -9,6 +9,7 @@ from typing import Any
 from rich import print as say
 from rich.markup import escape
 
+from privet.cli.options import MACHINE, Machine
 from privet.cli.screen import progress
 from privet.errors import OK
 
@@ -31,9 +32,7 @@ def audit(
     prior: str | None = None,
     size: int | None = None,
     seed: int = 0,
-    device: str = "auto",
-    precision: str = "bf16",
-    compile: bool = False,
+    machine: Machine = MACHINE,
     workers: int | None = None,
 ) -> int:
     """Train learners on clean, randomly noised and protected files, and say whether the protection holds.
@@ -72,21 +71,16 @@ def audit(
         Side in pixels at which networks see the images.
     seed
         Of the random control.
-    device
-        auto, cpu or cuda.
-    precision
-        bf16 or float32.
-    compile
-        Use torch.compile; worth it for long runs on a GPU.
     workers
         Learners trained at a time (default: the number of processors, or 1 on a GPU). Results do not depend on it.
+    machine
+        Where it runs.
     """
     from privet.audit import Cell, run_audit
     from privet.audit.store import plan
-    from privet.learning import Runtime
     from privet.report import write_report
 
-    here = Runtime.find(device, precision, compile=compile)
+    here = machine.find()
     on_gpu = here.device.type == "cuda"
     chosen = plan(
         preset or ("paper" if on_gpu else "cpu"),

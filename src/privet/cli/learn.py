@@ -7,6 +7,7 @@ from pathlib import Path
 from rich import print as say
 from rich.markup import escape
 
+from privet.cli.options import MACHINE, Machine
 from privet.cli.screen import progress
 from privet.errors import OK
 
@@ -32,9 +33,7 @@ def learn(
     test_split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
-    device: str = "auto",
-    precision: str = "bf16",
-    compile: bool = False,
+    machine: Machine = MACHINE,
 ) -> int:
     """Train a network on images, and report its accuracy on clean ones after every epoch.
 
@@ -80,14 +79,10 @@ def learn(
         Use only so many of the training images.
     seed
         The same seed gives the same learner.
-    device
-        auto, cpu or cuda.
-    precision
-        bf16 or float32.
-    compile
-        Use torch.compile; worth it for long runs on a GPU.
+    machine
+        Where it runs.
     """
-    from privet.learning import Learner, Runtime, study
+    from privet.learning import Learner, study
 
     learner = Learner(
         architecture=architecture,
@@ -101,7 +96,7 @@ def learn(
         flip=flip,
         weights=weights,
     )
-    here = Runtime.find(device, precision, compile=compile)
+    here = machine.find()
     with progress(here.rank) as listener:
         learned = study(
             train,

@@ -8,6 +8,7 @@ from cyclopts import App
 from rich import print as say
 from rich.markup import escape
 
+from privet.cli.options import MACHINE, Machine
 from privet.cli.screen import progress
 from privet.errors import OK
 
@@ -30,9 +31,7 @@ def train(
     split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
-    device: str = "auto",
-    precision: str = "bf16",
-    compile: bool = False,
+    machine: Machine = MACHINE,
 ) -> int:
     """Learn what unprotected images look like. A killed training goes on when the same command is given again.
 
@@ -45,7 +44,7 @@ def train(
     out
         New folder for the prior in diffusers' layout, its loss, and a picture of what it makes of noise.
     scale
-        tiny (0.7 million weights, for processors), small (6 million) or ddpm (36 million).
+        tiny (0.6 million weights, for processors), small (6 million) or ddpm (36 million).
     steps
         Of the optimiser.
     batch_size
@@ -64,18 +63,13 @@ def train(
         Use only so many of the images.
     seed
         The same seed gives the same prior.
-    device
-        auto, cpu or cuda.
-    precision
-        bf16 or float32.
-    compile
-        Use torch.compile; worth it for long runs on a GPU.
+    machine
+        Where it runs.
     """
     from privet.images import open_images
-    from privet.learning import Runtime
     from privet.recovery import PriorTraining, train_prior
 
-    here = Runtime.find(device, precision, compile=compile)
+    here = machine.find()
     training = PriorTraining(
         scale=scale,
         steps=steps,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from privet.cli.screen import progress, written
-from privet.errors import OutputError, UsageError
+from privet.cli.options import FILES, MACHINE, Files, Machine
+from privet.errors import UsageError
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from privet.images import ImageSet
+    from privet.learning import Publication
 
 
 def protect(
@@ -21,18 +25,10 @@ def protect(
     preset: str | None = None,
     epsilon: float | None = None,
     set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
-    size: int | None = None,
-    split: str | None = None,
-    limit: int | None = None,
     surrogate: Path | None = None,
     seed: int = 0,
-    format: str = "png",
-    metadata: str = "keep",
-    keep_gps: Annotated[bool, Parameter(negative="")] = False,
-    device: str = "auto",
-    precision: str = "bf16",
-    compile: bool = False,
-    workers: int = 4,
+    files: Files = FILES,
+    machine: Machine = MACHINE,
 ) -> int:
     """Add noise to images so that networks cannot usefully be trained on them.
 
@@ -55,75 +51,29 @@ def protect(
         (default 8).
     set
         Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
-    size
-        Side in pixels at which the surrogate sees the images (default: their own if all are alike and at
-        most 224, else 224). Files keep their own size.
-    split
-        Split of a hub data set or of a folder of Parquet files.
-    limit
-        Use only so many of the images.
     surrogate
         A surrogate.safetensors of an earlier run with the same classes: protect further images without training.
     seed
         The same seed gives the same bytes.
-    format
-        png, webp (lossless) or parquet. JPEG is refused: it destroys the noise.
-    metadata
-        keep or strip. Location is stripped in any case, unless --keep-gps is given.
-    keep_gps
-        Keep the location in the metadata.
-    device
-        auto, cpu or cuda.
-    precision
-        bf16 or float32.
-    compile
-        Use torch.compile; worth it for long runs on a GPU.
-    workers
-        Files decoded and encoded at a time.
+    files
+        How images are read and written.
+    machine
+        Where it runs.
     """
-    from privet.images import open_images
-    from privet.images.picture import check_format
-    from privet.learning import Runtime
     from privet.protection import METHODS, publish
 
-    if format != "parquet":
-        check_format(format)
     if method not in METHODS:
         raise UsageError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
-    here = Runtime.find(device, precision, compile=compile)
-    kind = METHODS[method]
+    here, kind = machine.find(), METHODS[method]
     settings = parse_settings(kind, set or [])
     if epsilon is not None:
         settings["epsilon"] = int(epsilon) if epsilon.is_integer() else epsilon
     chosen = kind.preset(preset or ("paper" if here.device.type == "cuda" else "cpu"), **settings)
-    if Path(source).exists() and out.absolute().is_relative_to(Path(source).absolute()):
-        raise OutputError(
-            f"{out} lies inside {source}; its images would be taken for originals. Choose another folder."
-        )
-    with progress(here.rank) as listener:
-        images = open_images(
-            source,
-            size=size,
-            split=split,
-            limit=limit,
-            workers=workers,
-            workspace=out / ".privet",
-            progress=listener,
-        )
-        published = publish(
-            images,
-            chosen,
-            out,
-            runtime=here,
-            seed=seed,
-            surrogate=surrogate,
-            format=format,
-            metadata=metadata,
-            gps=keep_gps,
-            workers=workers,
-            progress=listener,
-        )
-    return written(published, f"protected with {method}", rank=here.rank)
+
+    def change(images: ImageSet, **writing: Any) -> Publication:
+        return publish(images, chosen, out, runtime=here, seed=seed, surrogate=surrogate, **writing)
+
+    return files.change(source, out, change, rank=here.rank, what=f"protected with {method}")
 
 
 def parse_settings(kind: type[Any], assignments: list[str]) -> dict[str, Any]:

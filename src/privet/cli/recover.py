@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from privet.cli.screen import progress, written
-from privet.errors import OutputError
+from privet.cli.options import FILES, MACHINE, Files, Machine
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from privet.images import ImageSet
+    from privet.learning import Publication
 
 
 def recover(
@@ -15,15 +19,9 @@ def recover(
     out: Path,
     method: str,
     prior: str | None = None,
-    size: int | None = None,
-    split: str | None = None,
-    limit: int | None = None,
     seed: int = 0,
-    format: str = "png",
-    metadata: str = "keep",
-    device: str = "auto",
-    precision: str = "bf16",
-    workers: int = 4,
+    files: Files = FILES,
+    machine: Machine = MACHINE,
 ) -> int:
     """Take a protection off images again, as far as that goes, without the originals.
 
@@ -40,56 +38,18 @@ def recover(
         coin; or several joined by +, as in projection+purify. docs/methods.md says what each does.
     prior
         For purify, jcdp and avatar: a folder of 'privet prior train', or a diffusion model of the hub.
-    size
-        Side in pixels at which the recovery works (default: the images' own if all are alike and at most
-        224, else 224). Files keep their own size.
-    split
-        Split of a hub data set or of a folder of Parquet files.
-    limit
-        Use only so many of the images.
     seed
         The same seed gives the same bytes.
-    format
-        png, webp (lossless) or parquet.
-    metadata
-        keep or strip. Location is stripped in any case.
-    device
-        auto, cpu or cuda.
-    precision
-        bf16 or float32.
-    workers
-        Files decoded and encoded at a time.
+    files
+        How images are read and written.
+    machine
+        Where it runs.
     """
-    from privet.images import open_images
-    from privet.images.picture import check_format
-    from privet.learning import Runtime
     from privet.recovery import create_recovery, restore
 
-    if format != "parquet":
-        check_format(format)
-    recovery = create_recovery(method, prior=prior)
-    here = Runtime.find(device, precision)
-    if Path(source).exists() and out.absolute().is_relative_to(Path(source).absolute()):
-        raise OutputError(f"{out} lies inside {source}. Choose another folder.")
-    with progress(here.rank) as listener:
-        images = open_images(
-            source,
-            size=size,
-            split=split,
-            limit=limit,
-            workers=workers,
-            workspace=out / ".privet",
-            progress=listener,
-        )
-        restored = restore(
-            images,
-            recovery,
-            out,
-            runtime=here,
-            seed=seed,
-            format=format,
-            metadata=metadata,
-            workers=workers,
-            progress=listener,
-        )
-    return written(restored, f"recovered with {method}", rank=here.rank)
+    recovery, here = create_recovery(method, prior=prior), machine.find()
+
+    def change(images: ImageSet, **writing: Any) -> Publication:
+        return restore(images, recovery, out, runtime=here, seed=seed, **writing)
+
+    return files.change(source, out, change, rank=here.rank, what=f"recovered with {method}")

@@ -5,7 +5,7 @@ from privet.images.budget import Budget
 from privet.images.image_set import ImageSet, SourceFile
 from privet.images.open import align, open_images, pair
 from privet.images.picture import Picture, PictureError
-from privet.images.similarity import Similarity, compare, compare_all
+from privet.images.similarity import Similarity, by_psnr, compare, compare_all
 from privet.images.source import Skip
 from privet.images.write import Written, write_images
 
@@ -23,6 +23,7 @@ __all__ = [
     "Written",
     "align",
     "augmentation_for",
+    "by_psnr",
     "compare",
     "compare_all",
     "open_images",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -63,6 +64,11 @@ def compare_all(before: Tensor, after: Tensor, *, ssim: bool = True) -> list[Sim
                 )
             )
     return found
+
+
+def by_psnr(similarities: Sequence[Similarity], names: Sequence[str]) -> list[int]:
+    """Return positions, the lowest PSNR first."""
+    return sorted(range(len(names)), key=lambda index: (similarities[index].psnr or math.inf, names[index]))
 
 
 def _ssim(before: Tensor, after: Tensor) -> list[float] | list[None]:

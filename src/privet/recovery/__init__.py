@@ -13,7 +13,7 @@ from privet.recovery.chain import Chain
 from privet.recovery.coin import COIN
 from privet.recovery.jcdp import JCDP
 from privet.recovery.prior import Prior, load_prior
-from privet.recovery.prior_training import PriorTraining, train_prior
+from privet.recovery.prior_training import PriorTraining, noise_error, train_prior
 from privet.recovery.projection import Projection
 from privet.recovery.publication import restore
 from privet.recovery.purify import Purify
@@ -38,6 +38,8 @@ __all__ = [
     "Recovery",
     "create_recovery",
     "load_prior",
+    "needs_prior",
+    "noise_error",
     "restore",
     "train_prior",
 ]
@@ -57,6 +59,11 @@ NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
     "adversarial": (AdversarialTraining, 0.01, 255),
 }
 WHOLE = ("jpeg", "bitdepth")
+
+
+def needs_prior(name: str) -> bool:
+    """Say whether a recovery of this name denoises with a prior."""
+    return any(part in WITH_PRIOR for part in name.split("+"))
 
 
 def create_recovery(name: str, *, prior: str | None = None) -> Recovery:

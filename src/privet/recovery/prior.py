@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,13 @@ def fingerprints(images: ImageSet) -> frozenset[str]:
 
 def fingerprint(source: str | Path) -> str:
     """Return the hash of a prior's weights, which tells priors apart wherever they lie."""
-    return sha256((locate(source)[0] / WEIGHTS).read_bytes())
+    weights = locate(source)[0] / WEIGHTS
+    return _hash(weights, weights.stat().st_mtime_ns, weights.stat().st_size)
+
+
+@cache
+def _hash(weights: Path, changed: int, size: int) -> str:
+    return sha256(weights.read_bytes())
 
 
 def _schedule(config: Mapping[str, Any], folder: Path) -> Tensor:
@@ -211,6 +218,7 @@ def kept_shares(schedule: Mapping[str, Any]) -> Tensor:
     return kept
 
 
+@cache  # asked for several times a run, and each time the hub would be
 def _download(name: str) -> Path:
     """Return a hub model's files, safetensors and JSON only."""
     from huggingface_hub import snapshot_download

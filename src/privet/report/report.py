@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,22 @@ from typing import Any
 import jinja2
 
 from privet.audit import Audit
-from privet.audit.statistics import interval
+from privet.audit.statistics import interval, recovered, select
 from privet.audit.verdict import describe
 from privet.files import write_bytes, write_json
-from privet.images.montage import png
+from privet.images.montage import montage, png
 from privet.report.plots import NAMES, accuracy_bars, learning_curves
-from privet.report.strips import by_psnr, strips
+from privet.report.strips import strips
 
 JSON, PAGE = "report.json", "report.html"
-STRIPS = 8  # images shown
+RECOVERED = 5  # images whose recoveries are shown
 
 
 def write_report(audit: Audit, out: Path) -> Path:
     """Write report.json and report.html into `out`, and return the page's path."""
     report = summarise(audit)
     write_json(out / JSON, report)
-    page = render(report, pictures=_pictures(audit, report["strips"]))
+    page = render(report, pictures=_pictures(audit), recovered=_recovered(audit))
     write_bytes(out / PAGE, page.encode())
     return out / PAGE
 
@@ -36,7 +37,6 @@ def summarise(audit: Audit) -> dict[str, Any]:
     facts, material = audit.material.facts, audit.material
     quality = [one.psnr for one in material.similarities if one.psnr is not None]
     structure = [one.ssim for one in material.similarities if one.ssim is not None]
-    worst = by_psnr(material.similarities, material.clean.names)
     return {
         "verdict": {
             "grade": audit.verdict.grade,
@@ -78,19 +78,47 @@ def summarise(audit: Audit) -> dict[str, Any]:
         },
         "strips": [
             {"name": material.clean.names[index], **asdict(material.similarities[index])}
-            for index in worst[:STRIPS]
+            for index in material.shown
         ],
+        "recoveries": [_recovery(audit, name) for name in audit.plan.recoveries],
         "protection": facts.protection,
         "run": audit.run,
     }
 
 
-def render(report: dict[str, Any], *, pictures: bytes) -> str:
+def _recovery(audit: Audit, name: str) -> dict[str, Any]:
+    """Return what a recovery brings back on each architecture, and what it costs."""
+    share = {}
+    for architecture in audit.plan.architectures:
+        clean, protected, after = (
+            select(audit.table, data=data, recovery=recovery, architecture=architecture)[0].last.mean
+            for data, recovery in (("clean", "none"), ("protected", "none"), ("protected", name))
+        )
+        share[architecture] = recovered(after, protected, clean)
+    cost = audit.costs[name]
+    seconds = cost["seconds"]
+    return {
+        "name": name,
+        "recovered": share,
+        "evaluations": _evaluations(cost["facts"]),
+        "seconds_per_1000": None if seconds is None else 1000 * seconds / audit.material.facts.paired,
+        "changes_images": name in audit.examples,
+    }
+
+
+def _evaluations(facts: Mapping[str, Any]) -> int:
+    """Return how often a recovery asked its prior about an image; of a chain, all parts together."""
+    parts = (_evaluations(value) for value in facts.values() if isinstance(value, dict))
+    return int(facts.get("evaluations", 0)) + sum(parts)
+
+
+def render(report: dict[str, Any], *, pictures: bytes, recovered: bytes | None) -> str:
     """Return the page for a report.
 
     Args:
         report: what `summarise` returned, or read back from report.json.
         pictures: the strips, as PNG bytes.
+        recovered: likewise originals, protected images and what recoveries made of them, or None.
     """
     names = report["run"]["plan"]["recoveries"]
     recoveries = [{"name": name, "words": describe(name), "short": name} for name in names]
@@ -112,6 +140,7 @@ def render(report: dict[str, Any], *, pictures: bytes) -> str:
         bars=accuracy_bars(report["grid"], recoveries, chance),
         curves=learning_curves(report["grid"], recoveries, chance),
         pictures=base64.b64encode(pictures).decode(),
+        recovered=recovered and base64.b64encode(recovered).decode(),
     )
 
 
@@ -132,12 +161,18 @@ def _table(report: dict[str, Any]) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def _pictures(audit: Audit, shown: list[dict[str, Any]]) -> bytes:
-    position = {name: index for index, name in enumerate(audit.material.clean.names)}
-    index = [position[one["name"]] for one in shown]
-    image = strips(
-        audit.material.clean.pixels[index],
-        audit.material.protected.pixels[index],
-        magnify=127 / audit.material.facts.linf,
-    )
-    return png(image)
+def _pictures(audit: Audit) -> bytes:
+    material, index = audit.material, list(audit.material.shown)
+    magnify = 127 / material.facts.linf
+    return png(strips(material.clean.pixels[index], material.protected.pixels[index], magnify=magnify))
+
+
+def _recovered(audit: Audit) -> bytes | None:
+    """Return a picture with one row for each image: original, protected, and each recovery that changes images."""
+    if not audit.examples:
+        return None
+    material, index = audit.material, list(audit.material.shown[:RECOVERED])
+    tried = [audit.examples[name] for name in audit.plan.recoveries if name in audit.examples]
+    columns = [material.clean.pixels[index], material.protected.pixels[index]]
+    columns += [pixels[: len(index)] for pixels in tried]
+    return png(montage(list(zip(*columns, strict=True))))

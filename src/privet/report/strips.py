@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from PIL import Image
 from torch import Tensor
 
-from privet.images import ImageSet, Similarity, compare_all, pair
+from privet.images import ImageSet, Similarity, by_psnr, compare_all, pair
 from privet.images.montage import montage
 
 
@@ -39,8 +36,3 @@ def worst_strips(
     linf = max(1, max(found[index].linf for index in order))
     image = strips(clean.pixels[order], changed.pixels[order], magnify=127 / linf)
     return image, [(clean.names[index], found[index]) for index in order]
-
-
-def by_psnr(similarities: Sequence[Similarity], names: Sequence[str]) -> list[int]:
-    """Return positions, the lowest PSNR first."""
-    return sorted(range(len(names)), key=lambda index: (similarities[index].psnr or math.inf, names[index]))

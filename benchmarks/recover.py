@@ -1,0 +1,381 @@
+"""What recoveries are worth: how much of what a protection took away they bring back.
+
+    python benchmarks/recover.py --small       CIFAR-10, 5,000 images, small networks: hours on 2 cores
+    python benchmarks/recover.py --large       Tiny-ImageNet, 64 pixels, likewise
+    python benchmarks/recover.py --ablation    what each part of ours is worth, on CIFAR-10
+    python benchmarks/recover.py --paper       CIFAR-10, 40,000 images, ResNet-18, a prior of 36 million weights: a GPU
+    python benchmarks/recover.py --speed       ours against JCDP as released, in one run: minutes
+
+The prior learns from images that are neither protected nor tested. Every recovered set is written and read again
+before anything learns from it. The tables resume: every finished learner is one line of results/recover-NAME.jsonl,
+with the hardware, and a line is never measured twice; files are kept in --work. The data are Parquet in the hub's
+layout, found by --data or in the folder that PRIVET_DATA names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from privet.files import append_line, read_lines, write_bytes, write_json
+from privet.images import ImageSet, align, open_images
+from privet.learning import Job, Learner, Runtime, learn
+from privet.protection import METHODS, publish
+from privet.recovery import JCDP, PriorTraining, Purify, create_recovery, restore, train_prior
+from privet.recovery.base import Recovery
+from protect import Lines, entry, hardware
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CLEAN = "clean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A benchmark: protections, and what is tried against each.
+
+    Attributes:
+        data: folder of train.parquet and test.parquet.
+        images: how many are protected, the first of the training images.
+        reference: how many images after those the prior learns from.
+        test: test images used, or None for all.
+        preset: of the protections.
+        protections: names; "clean" are the images as they are, on which a recovery shows what it costs.
+        recoveries: names for `create_recovery`, or keys of `variants`.
+        variants: recoveries with other settings than their names have.
+        training: of the prior.
+        learner: how every learner trains.
+        seeds: of learners. Protections and recoveries have seed 0.
+    """
+
+    data: str
+    images: int
+    reference: int
+    test: int | None
+    preset: str
+    protections: tuple[str, ...]
+    recoveries: tuple[str, ...]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training: PriorTraining
+    learner: Learner
+    seeds: tuple[int, ...]
+
+
+SMALL = Table(
+    data="cifar10",
+    images=5000,
+    reference=10_000,
+    test=2000,
+    preset="cpu",
+    protections=(CLEAN, "em", "sem", "tap", "lsp", "ar", "ops"),
+    recoveries=(
+        "none",
+        "grayscale",
+        "jpeg-10",
+        "projection",
+        "jcdp",
+        "purify",
+        "projection+purify",
+        "avatar",
+    ),
+    training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=1e-3),
+    learner=Learner(architecture="resnet10-w16", epochs=20),
+    seeds=(0, 1, 2),
+)
+TABLES = {
+    "small": SMALL,
+    "large": replace(
+        SMALL,
+        data="tiny-imagenet-20",
+        images=4000,
+        reference=6000,
+        test=None,
+        protections=(CLEAN, "sem", "lsp"),
+    ),
+    "ablation": replace(
+        SMALL,
+        protections=(CLEAN, "sem", "tap", "lsp", "ops"),
+        recoveries=(
+            "purify",
+            "one level",
+            "two levels",
+            "higher levels",
+            "lower levels",
+            "eight levels",
+            "pull",
+            "ball",
+            "perceptual",
+        ),
+        variants={
+            "one level": {"levels": (60,)},
+            "two levels": {"levels": (60, 30)},
+            "higher levels": {"levels": (100, 75, 50, 25)},
+            "lower levels": {"levels": (36, 30, 25, 20)},
+            "eight levels": {"levels": (60, 55, 50, 45, 40, 35, 30, 20)},
+            "pull": {"pull": 0.1},
+            "ball": {"ball": 12.0},
+            "perceptual": {"perceptual": 1.0},
+        },
+        seeds=(0, 1),
+    ),
+    "paper": replace(
+        SMALL,
+        images=40_000,
+        reference=10_000,
+        test=None,
+        preset="paper",
+        protections=(CLEAN, "em", "sem", "rem", "tap", "lsp", "ar", "ops", "cuda"),
+        recoveries=(*SMALL.recoveries, "adversarial-8", "coin"),
+        training=PriorTraining(scale="ddpm", steps=80_000, decay=0.9999),
+        learner=Learner(epochs=120, schedule="step"),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+}
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class Cell:
+    """One learner of a table."""
+
+    protection: str
+    recovery: str
+    seed: int
+
+
+def cells(table: Table) -> Iterator[Cell]:
+    """Go through a table's cells, one seed after the other, so that a short run fills all of it."""
+    for seed in table.seeds:
+        for recovery in table.recoveries:
+            for protection in table.protections:
+                yield Cell(protection=protection, recovery=recovery, seed=seed)
+
+
+class Bench:
+    """Makes a table's files and trains learners on them, in one process."""
+
+    def __init__(self, name: str, data: Path, work: Path, device: str, compile: bool) -> None:
+        self.table, self.work = TABLES[name], work
+        self.kind = "paper" if name == "paper" else "large" if name == "large" else "small"
+        self.runtime = Runtime.find(device, compile=compile)
+        folder = data / self.table.data
+        every = open_images(folder / "train.parquet", limit=self.table.images + self.table.reference)
+        self.clean = every.subset(list(range(self.table.images)))
+        self.reference = every.subset(list(range(self.table.images, len(every))))
+        self.test = align(
+            open_images(folder / "test.parquet", limit=self.table.test, size=self.clean.size),
+            self.clean.class_names,
+        )
+        self.prior = work / f"{self.kind}-prior"
+
+    def train_prior(self) -> None:
+        """Train the prior on the reference images, if that is not done, with as many threads as there are now."""
+        if not (self.prior / "prior.json").exists():
+            train_prior(
+                self.reference, self.table.training, self.prior, runtime=self.runtime, progress=Lines()
+            )
+
+    def protected(self, protection: str) -> ImageSet:
+        """Return protected files, made now if they are not there."""
+        if protection == CLEAN:
+            return self.clean
+        out = self.work / f"{self.kind}-{protection}-0"
+        publish(self.clean, METHODS[protection].preset(self.table.preset), out, runtime=self.runtime)
+        return self._read(out)
+
+    def recovered(self, protection: str, name: str) -> tuple[ImageSet, float | None]:
+        """Return recovered files, made now if they are not there, and the seconds that it took."""
+        images, recovery = self.protected(protection), self.recovery(name)
+        if recovery.adapt(self.table.learner) != self.table.learner or name == "none":
+            return images, None
+        out = self.work / f"{self.kind}-{protection}-0-{name.replace(' ', '-')}"
+        seconds, note = None, out.with_suffix(".seconds")
+        if not out.exists():
+            started = time.perf_counter()
+            restore(images, recovery, out, runtime=self.runtime)
+            note.write_text(f"{time.perf_counter() - started:.2f}")
+        restore(images, recovery, out, runtime=self.runtime)
+        if note.exists():
+            seconds = float(note.read_text())
+        return self._read(out), seconds
+
+    def recovery(self, name: str) -> Recovery:
+        """Return a recovery, or ours with a variant's settings."""
+        if name in self.table.variants:
+            return replace(Purify(str(self.prior)), **self.table.variants[name])
+        return create_recovery(name, prior=str(self.prior))
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        """Train one cell's learner; return its line for the results."""
+        images, seconds = self.recovered(cell.protection, cell.recovery)
+        recovery, started = self.recovery(cell.recovery), time.perf_counter()
+        checkpoint = self.work / f"{self.kind}-{cell.protection}-{cell.recovery}-{cell.seed}.safetensors"
+        learned = learn(
+            images,
+            recovery.present(self.test),
+            recovery.adapt(self.table.learner),
+            runtime=self.runtime,
+            seed=cell.seed,
+            checkpoint=checkpoint,
+        )
+        checkpoint.unlink(missing_ok=True)
+        return {
+            "cell": asdict(cell),
+            "last": learned.accuracy,
+            "best": learned.best.accuracy,
+            "seconds": round(time.perf_counter() - started, 1),
+            "recovery_seconds": seconds,
+            "images": len(images),
+            "test": len(self.test),
+            "hardware": hardware(self.runtime.device, torch.get_num_threads()),
+        }
+
+    def _read(self, out: Path) -> ImageSet:
+        return align(open_images(out, size=self.clean.size), self.clean.class_names)
+
+
+_bench: Bench
+
+
+def _start(name: str, data: Path, work: Path, device: str, compile: bool) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(name, data, work, device, compile)
+
+
+def _protect(protection: str) -> str:
+    _bench.protected(protection)
+    return f"{protection}: files are there"
+
+
+def _recover(protection: str, recovery: str) -> str:
+    _, seconds = _bench.recovered(protection, recovery)
+    return f"{protection} under {recovery}: files are there" + (f", {seconds:.0f} s" if seconds else "")
+
+
+def _work(cell: Cell) -> dict[str, Any]:
+    return _bench(cell)
+
+
+def run_table(
+    name: str, data: Path, work: Path, device: str, compile: bool, workers: int, seconds: float
+) -> None:
+    """Fill a table as far as the time allows, and write it."""
+    table, path, until = TABLES[name], RESULTS / f"recover-{name}.jsonl", time.monotonic() + seconds
+    done = {Cell(**line["cell"]) for line in read_lines(path)}
+    todo = [cell for cell in cells(table) if cell not in done]
+    print(f"{len(done)} cells are measured, {len(todo)} are left", flush=True)
+    if todo and seconds:
+        Bench(name, data, work, device, compile).train_prior()
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=torch.multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(name, data, work, device, compile),
+    ) as pool:
+        # Files first, each made once; a recovery is as many jobs as there are protections, and so are its learners.
+        protections = dict.fromkeys(cell.protection for cell in todo)
+        for words in pool.map(_protect, protections):
+            print(words, flush=True)
+        for recovery in dict.fromkeys(cell.recovery for cell in todo):
+            for words in pool.map(_recover, protections, [recovery] * len(protections)):
+                print(words, flush=True)
+            for line in pool.map(_work, [cell for cell in todo if cell.recovery == recovery]):
+                keep(path, line)
+            if time.monotonic() > until:
+                pool.shutdown(cancel_futures=True)
+                break
+    write_bytes(RESULTS / f"recover-{name}.md", markdown(name, read_lines(path)).encode())
+
+
+def keep(path: Path, line: dict[str, Any]) -> None:
+    """Store and print one finished cell."""
+    append_line(path, line)
+    cell = line["cell"]
+    print(
+        f"{cell['protection']:>6} under {cell['recovery']}, seed {cell['seed']}: {line['last']:.1%} "
+        f"(best {line['best']:.1%}) in {line['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def markdown(name: str, lines: Sequence[dict[str, Any]]) -> str:
+    """Return the table: last-epoch accuracy on clean test images, mean and spread over seeds."""
+    table = TABLES[name]
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in lines:
+        cell = line["cell"]
+        found.setdefault((cell["protection"], cell["recovery"]), []).append(100 * line["last"])
+    protections = [one for one in table.protections if one != CLEAN]
+    text = ["| recovery | " + " | ".join((*table.protections, "mean of protected")) + " |"]
+    text.append("| --- |" + " ---: |" * (len(table.protections) + 1))
+    for recovery in table.recoveries:
+        row = [entry(found.get((protection, recovery))) for protection in table.protections]
+        means = [found.get((protection, recovery)) for protection in protections]
+        mean = sum(sum(one) / len(one) for one in means if one) / len(means) if all(means) else None
+        row.append("not measured" if mean is None else f"{mean:.1f}")
+        text.append(f"| {recovery} | " + " | ".join(row) + " |")
+    machines = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
+    text += ["", "Last-epoch accuracy on clean test images in %, mean ± standard deviation (seeds)."]
+    text += ["", f"Measured on: {'; '.join(machines) or 'nothing yet'}."]
+    return "\n".join(text) + "\n"
+
+
+def run_speed(data: Path, work: Path, device: str) -> None:
+    """Time ours against JCDP as released, on the same images with the same prior."""
+    bench = Bench("small", data, work, device, compile=False)
+    bench.train_prior()
+    images = bench.clean.subset(list(range(512 if bench.runtime.device.type == "cpu" else 5000)))
+    found: dict[str, Any] = {
+        "images": len(images),
+        "hardware": hardware(bench.runtime.device, torch.get_num_threads()),
+    }
+    for recovery in (Purify(str(bench.prior)), JCDP(str(bench.prior)), JCDP(str(bench.prior), guide=0.0)):
+        name = recovery.name if not isinstance(recovery, JCDP) or recovery.guide else "jcdp without guidance"
+        few = images.subset(list(range(32)))
+        recovery.recover(few, Job(runtime=bench.runtime))  # whatever happens once
+        started, job = time.perf_counter(), Job(runtime=bench.runtime)
+        recovery.recover(images, job)
+        seconds = time.perf_counter() - started
+        found[name] = {"seconds": round(seconds, 2), "images/s": round(len(images) / seconds, 2), **job.facts}
+        print(f"{name}: {len(images) / seconds:.1f} images/s", flush=True)
+    found["times as fast"] = round(found["purify"]["images/s"] / found["jcdp"]["images/s"], 2)
+    write_json(RESULTS / "recover-speed.json", found)
+
+
+def main() -> None:
+    """Read the command line and run one benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kind = parser.add_mutually_exclusive_group(required=True)
+    for name in (*TABLES, "speed"):
+        kind.add_argument(f"--{name}", action="store_const", const=name, dest="kind")
+    parser.add_argument("--data", type=Path, help="folder of the image sets")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for files that are made")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--workers", type=int, help="jobs at a time (default: the cores, or 1 on a GPU)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no further recovery after so many")
+    chosen = parser.parse_args()
+    data = chosen.data or Path(os.environ.get("PRIVET_DATA", ""))
+    if not (data / "cifar10" / "train.parquet").exists():
+        sys.exit(f"There is no {data / 'cifar10'}; name its folder with --data, or set PRIVET_DATA.")
+    gpu = chosen.device != "cpu" and torch.cuda.is_available()
+    if chosen.kind == "speed":
+        run_speed(data, chosen.work, chosen.device)
+        return
+    workers = chosen.workers or (1 if gpu else os.cpu_count() or 1)
+    run_table(chosen.kind, data, chosen.work, chosen.device, chosen.compile, workers, 60 * chosen.minutes)
+
+
+if __name__ == "__main__":
+    main()
