@@ -214,11 +214,14 @@ class UCL(Bounded):
         random = generator(job.seed, "deal", noise.mode, round_)
         order = torch.randperm(len(noise.rows), generator=random)
         deals = order.tensor_split(math.ceil(len(order) / self.batch_size))
-        alone = noise.mode == "class" or runtime.world == 1  # class-wise noise changes with every batch
-        if noise.mode == "class":
+        in_turn = noise.mode == "class"  # it changes with every batch, so that one process finds it
+        if in_turn:
             deals = deals[: self.class_steps]
+        if in_turn and runtime.rank > 0:
+            deals = ()
+            noise.stored.zero_()
         for number, index in enumerate(deals):
-            if not alone and number % runtime.world != runtime.rank:
+            if not in_turn and number % runtime.world != runtime.rank:
                 noise.stored[index] = 0  # another process's part, added below
                 continue
             batch, randomness = batches[index], job.random("noise", noise.mode, round_, number)
@@ -234,7 +237,7 @@ class UCL(Bounded):
                     delta = (delta - self.step_size / 255 * gradient.sign()).clamp(-epsilon, epsilon)
             noise.stored[rows] = pack(delta, epsilon).cpu()
             job.progress(words, number + 1, len(deals))
-        if not alone:
+        if runtime.world > 1:
             noise.stored.copy_(runtime.sum(noise.stored.to(runtime.device)).cpu())
 
     def _gradient(
