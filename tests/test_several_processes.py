@@ -49,7 +49,7 @@ def test_two_processes_learn_one_network(tmp_path: Path, make_folder: Make) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["em", "sem", "rem"])
+@pytest.mark.parametrize("method", ["em", "sem", "rem", "ucl"])
 def test_two_processes_protect_one_set(tmp_path: Path, make_folder: Make, method: str) -> None:
     clean = make_folder(blobs(300))
     options = [
@@ -62,11 +62,10 @@ def test_two_processes_protect_one_set(tmp_path: Path, make_folder: Make, method
         "--set",
         "batch_size=32",
     ]
-    options += (
-        ["--set", "max_rounds=2"]
-        if method == "em"
-        else ["--set", "warm_start=yes", "--set", "attack_steps=2"]
-    )
+    options += {
+        "em": ["--set", "max_rounds=2"],
+        "ucl": ["--set", "class_rounds=1", "--set", "rounds=2"],
+    }.get(method, ["--set", "warm_start=yes", "--set", "attack_steps=2"])
     results = []
     for name in ("a", "b"):
         out = tmp_path / name

@@ -26,7 +26,7 @@ Make = Callable[..., Path]
 
 PLAN = Plan(
     recoveries=("none", "jpeg-50", "adversarial-2"),
-    architectures=("cnn-w4", "resnet8-w4"),
+    architectures=("cnn-w4", "simclr:resnet8-w4"),
     seeds=(0, 1),
     learner=Learner(epochs=2, batch_size=16, attack_steps=2),
 )

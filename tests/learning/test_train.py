@@ -74,7 +74,14 @@ def test_one_seed_is_one_learner(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize(
-    "learner", [TINY, replace(TINY, radius=4.0, attack_steps=2), replace(TINY, architecture="vit-w32")]
+    "learner",
+    [
+        TINY,
+        replace(TINY, radius=4.0, attack_steps=2),
+        replace(TINY, architecture="vit-w32"),
+        replace(TINY, architecture="simclr:cnn-w4"),
+        replace(TINY, architecture="simclr:cnn-w4", radius=4.0, attack_steps=2),
+    ],
 )
 def test_killed_after_any_epoch_it_resumes_to_the_same_weights(
     runtime: Runtime, tmp_path: Path, learner: Learner

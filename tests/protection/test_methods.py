@@ -31,6 +31,8 @@ from privet.protection import (
     REM,
     SEM,
     TAP,
+    TUE,
+    UCL,
     Bounded,
     Job,
     Protection,
@@ -42,6 +44,7 @@ from privet.protection.publication import publish
 Make = Callable[..., Path]
 
 SMALL = {"surrogate": "cnn-w4", "train_steps": 3, "batch_size": 8, "noise_steps": 2}
+CONTRASTIVE = {"surrogate": "cnn-w4", "class_steps": 2, "train_steps": 2, "batch_size": 8, "noise_steps": 2}
 
 TABLE: dict[str, Protection] = {
     "em": EM(max_rounds=2, **SMALL),
@@ -51,6 +54,9 @@ TABLE: dict[str, Protection] = {
     "sem, warm": SEM(views=2, attack_steps=2, warm_start=True, train_noise_steps=1, train_views=1, **SMALL),
     "rem": REM(views=2, attack_steps=2, **SMALL),
     "tap": TAP(surrogate="cnn-w4", epochs=2, batch_size=8, noise_steps=3, restarts=2),
+    "ucl": UCL(class_rounds=1, rounds=1, **CONTRASTIVE),
+    "ucl class-wise": UCL(class_rounds=2, rounds=0, **CONTRASTIVE),
+    "tue": TUE(rounds=2, **CONTRASTIVE),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),
@@ -320,11 +326,12 @@ def test_settings_out_of_range_are_refused() -> None:
         REM(radius=-1)
 
 
-def test_class_wise_noise_is_one_pattern_a_class(runtime: Runtime) -> None:
+@pytest.mark.parametrize("name", ["em class-wise", "ucl class-wise"])
+def test_class_wise_noise_is_one_pattern_a_class(runtime: Runtime, name: str) -> None:
     images = ImageSet.from_arrays(
         torch.randint(40, 200, (9, 3, 8, 8), dtype=torch.uint8), torch.arange(9) % 3
     )
-    change = difference(images, TABLE["em class-wise"].protect(images, job(runtime)))
+    change = difference(images, TABLE[name].protect(images, job(runtime)))
     for label in range(3):
         members = change[images.labels == label]
         assert bool((members == members[0]).all())

@@ -58,7 +58,7 @@ def audit(
         several joined by +.
         Default: none,jpeg-10,jpeg-50,jpeg-75,grayscale,adversarial-4.
     architectures
-        Networks of the learners, with commas between.
+        Networks of the learners, with commas between; simclr:NAME for one that learns without labels.
     seeds
         How often each learner is trained.
     epochs

@@ -49,15 +49,16 @@ def learn(
         New folder for learner.safetensors and run.json (last and best accuracy, history, settings).
     architecture
         resnet8, resnet10, resnet18, resnet18-imagenet, vgg11, densenet121, mobilenetv2, vit, cnn, ...;
-        -wN behind it for another width; timm:NAME for one of timm's.
+        -wN behind it for another width; timm:NAME for one of timm's; simclr:NAME to learn without labels (SimCLR), and
+        to fit a linear probe with them.
     epochs
         Passes over the images.
     batch_size
         Images a step.
     learning_rate
-        Highest rate (default: SGD 0.1, AdamW for a ViT 0.001).
+        Highest rate (default: SGD 0.1, without labels 0.5 for batches of 512; AdamW for a ViT 0.001).
     weight_decay
-        Default: SGD 0.0005, AdamW 0.05.
+        Default: SGD 0.0005, without labels 0.0001; AdamW 0.05.
     schedule
         cosine, or step (a tenth after 40 and 80 % of the steps).
     radius

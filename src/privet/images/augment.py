@@ -55,7 +55,7 @@ class FlipCrop:
 
 @dataclass(frozen=True)
 class ResizedCrop:
-    """Cut a random part (8 to 100 % of the area, aspect 3:4 to 4:3), resize it, flip half of them.
+    """Cut a random part (`least` to all of the area, aspect 3:4 to 4:3), resize it, flip half of them.
 
     The augmentation of ImageNet training, here as two small interpolation matrices for each image,
     so that the batch is two matrix products and the adjoint is their transposes. Bilinear, without
@@ -64,11 +64,12 @@ class ResizedCrop:
 
     size: tuple[int, int]
     flip: bool = True
+    least: float = 0.08
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Views:
         device = generator.device
         area, aspect, y, x, flip = torch.rand(5, count, generator=generator, device=device)
-        area = (0.08 + 0.92 * area) * size[0] * size[1]
+        area = (self.least + (1 - self.least) * area) * size[0] * size[1]
         aspect = torch.exp((2 * aspect - 1) * torch.log(torch.tensor(4 / 3)))
         height = (area / aspect).sqrt().clamp(1, size[0])
         width = (area * aspect).sqrt().clamp(1, size[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,6 @@ def uniform(like: Tensor, radius: float, generator: torch.Generator) -> Tensor:
     return noise.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()
 def pgd(
     model: nn.Module,
     x: Tensor,
@@ -89,12 +88,32 @@ def pgd(
         generator: draws the start.
         runtime: gives the precision.
     """
+    return ascend(
+        x,
+        lambda inputs: input_gradient(model, inputs, labels, runtime=runtime),
+        radius=radius,
+        step_size=step_size,
+        steps=steps,
+        generator=generator,
+    )
+
+
+@torch.no_grad()
+def ascend(
+    x: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+    *,
+    radius: float,
+    step_size: float,
+    steps: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Do the same for any loss, given its gradient with respect to the inputs."""
     if radius == 0:
         return x
     adversarial = (x + uniform(x, radius, generator)).clamp_(0, 1)
     low, high = (x - radius).clamp_(min=0), (x + radius).clamp_(max=1)
     for _ in range(steps):
-        gradient = input_gradient(model, adversarial, labels, runtime=runtime)
-        adversarial = adversarial.add_(gradient.sign_(), alpha=step_size)
+        adversarial = adversarial.add_(gradient(adversarial).sign_(), alpha=step_size)
         adversarial = torch.maximum(torch.minimum(adversarial, high), low)
     return adversarial

@@ -14,6 +14,7 @@ from privet.images import align, open_images
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.train import Epoch, Learned, Learner, learn
 from privet.models import SavedModel, load_model, save_model
+from privet.models.projection import PREFIX
 from privet.progress import Progress, silent
 from privet.version import VERSION
 
@@ -90,7 +91,7 @@ def study(
     )
     if runtime.rank == 0:
         about = SavedModel(
-            architecture=learner.architecture,
+            architecture=learner.architecture.removeprefix(PREFIX),  # the probe is its last layer
             class_names=images.class_names,
             size=images.size,
             notes={"learner": run["learner"], "seed": seed},

@@ -21,6 +21,7 @@ from privet.learning.attack import frozen, pgd
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.runtime import Runtime
 from privet.models import create_model, family, load_backbone
+from privet.models.projection import PREFIX
 from privet.progress import Progress, silent
 from privet.seeds import derive, generator
 
@@ -33,11 +34,13 @@ class Learner:
     """What an unauthorised party trains, and how.
 
     Attributes:
-        architecture: a name for `create_model`.
+        architecture: a name for `create_model`; with `simclr:` before it, it learns without labels, and a
+            linear probe on its features with them (`privet.learning.contrastive`).
         epochs: passes over the image set.
         batch_size: images a step; the last, smaller batch of an epoch is left out.
-        learning_rate: None for the optimiser's usual one (SGD 0.1; a ViT trains with AdamW at 0.001).
-        weight_decay: None likewise (0.0005; AdamW 0.05).
+        learning_rate: None for the optimiser's usual one (SGD 0.1, without labels 0.5 for batches of 512 and
+            in proportion for others; a ViT trains with AdamW at 0.001).
+        weight_decay: None likewise (0.0005, without labels 0.0001; AdamW 0.05).
         schedule: "cosine" to zero, or "step": a tenth after 40 % and after 80 % of the steps, as in
             the evaluation of the SEM paper. Both rise linearly over the first 5 %.
         radius: of adversarial training, L-infinity, in 1/255; 0 is standard training.
@@ -124,6 +127,12 @@ def learn(
         InputError: the sets do not fit each other, or are empty.
     """
     _check(train, test, learner)
+    if learner.architecture.startswith(PREFIX):
+        from privet.learning.contrastive import learn_contrastive  # which uses this module
+
+        return learn_contrastive(
+            train, test, learner, runtime=runtime, seed=seed, checkpoint=checkpoint, progress=progress
+        )
     model = create_model(
         learner.architecture, classes=train.classes, size=train.size, seed=derive(seed, "weights")
     )

@@ -1,7 +1,8 @@
 """Networks by name, and their weights as safetensors.
 
 A name is an architecture with an optional width: `resnet18`, `resnet8-w32`, `vgg16`. Every network
-takes pixels in [0, 1], (batch, 3, height, width), and returns logits.
+takes pixels in [0, 1], (batch, 3, height, width), and returns logits. With `simclr:` before its name its
+last layer is SimCLR's projection head instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from privet.errors import MissingExtraError, UsageError
 from privet.models import cnn, densenet, mobilenetv2, resnet, vgg, vit
 from privet.models.blocks import Scaled
+from privet.models.projection import PREFIX, with_projection
 from privet.models.weights import SavedModel, load_backbone, load_model, save_model
 
 __all__ = [
@@ -48,17 +50,21 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
     """Build a network with freshly initialised weights.
 
     Args:
-        name: one of `ARCHITECTURES`, with `-wN` behind it for another width, or `timm:NAME`.
+        name: one of `ARCHITECTURES`, with `-wN` behind it for another width, or `timm:NAME`; `simclr:`
+            before any of them for its encoder with a projection head.
         classes: number of outputs.
         size: height and width of the images in pixels.
         seed: of the initial weights.
 
     Raises:
-        UsageError: no such network.
+        UsageError: no such network, or none that can have a projection head.
         MissingExtraError: a timm network, and timm is not installed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if name.startswith(PREFIX):
+            encoder = create_model(name.removeprefix(PREFIX), classes=classes, size=size, seed=seed)
+            return with_projection(encoder)
         if name.startswith("timm:"):
             return _timm(name.removeprefix("timm:"), classes=classes, size=size)
         base, width = _split(name)
@@ -86,7 +92,8 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
 
 
 def family(name: str) -> str:
-    """Return the kind of network that a name stands for, whatever its depth and width."""
+    """Return the kind of network that a name stands for, whatever its depth, width and head."""
+    name = name.removeprefix(PREFIX)
     match = re.match(r"(timm:)?([a-z]+)", name)
     return match.group(2) if match else name
 

@@ -12,6 +12,8 @@ from privet.protection.random_noise import RandomNoise
 from privet.protection.rem import REM
 from privet.protection.sem import SEM
 from privet.protection.tap import TAP
+from privet.protection.tue import TUE
+from privet.protection.ucl import UCL
 
 __all__ = [
     "AR",
@@ -23,6 +25,8 @@ __all__ = [
     "REM",
     "SEM",
     "TAP",
+    "TUE",
+    "UCL",
     "Bounded",
     "Job",
     "Protection",
@@ -32,5 +36,5 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Protection]] = {
-    method.name: method for method in (EM, SEM, REM, TAP, LSP, AR, OPS, CUDA, RandomNoise)
+    method.name: method for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, RandomNoise)
 }
