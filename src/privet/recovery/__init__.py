@@ -18,6 +18,7 @@ from privet.recovery.projection import Projection
 from privet.recovery.publication import restore
 from privet.recovery.purify import Purify
 from privet.recovery.squeeze import JPEG, BitDepth, Blur, Grayscale
+from privet.recovery.ueraser import UEraser
 
 __all__ = [
     "AVATAR",
@@ -36,6 +37,7 @@ __all__ = [
     "Projection",
     "Purify",
     "Recovery",
+    "UEraser",
     "create_recovery",
     "load_prior",
     "restore",
@@ -47,6 +49,9 @@ PLAIN: dict[str, Callable[[], Recovery]] = {
     "grayscale": Grayscale,
     "projection": Projection,
     "coin": COIN,
+    "ueraser": UEraser,
+    "ueraser-lite": lambda: UEraser(draws=1),
+    "ueraser-max": lambda: UEraser(share=1.0),
 }
 WITH_PRIOR: dict[str, Callable[[str], Recovery]] = {"purify": Purify, "jcdp": JCDP, "avatar": AVATAR}
 # Name, what makes it of its number, and the range of the number.
