@@ -15,7 +15,7 @@ from tests.conftest import blobs
 from privet.audit.flags import Facts, Flag, Overlap, find_flags
 from privet.audit.statistics import Row, Spread, chance, interval, kept, rows, select
 from privet.audit.store import Cell, Plan, plan
-from privet.audit.verdict import Verdict, judge
+from privet.audit.verdict import Verdict, describe, judge
 from privet.errors import UsageError
 from privet.learning import Learner
 
@@ -205,6 +205,16 @@ def test_rows_are_selected_by_what_they_are() -> None:
     assert isinstance(row, Row)
     assert row.last.values == pytest.approx((0.80, 0.81, 0.82))
     assert row.best_epochs == (2, 2, 2)
+
+
+def test_recoveries_are_told_in_words() -> None:
+    assert describe("projection+jpeg-10") == "orthogonal projection and then JPEG at quality 10"
+    assert [describe(f"ueraser{kind}") for kind in ("", "-lite", "-max")] == [
+        "UEraser",
+        "UEraser-Lite",
+        "UEraser-Max",
+    ]
+    assert describe("dvae-16") == "D-VAE"
 
 
 def test_plans() -> None:

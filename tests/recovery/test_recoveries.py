@@ -20,6 +20,7 @@ from privet.learning import chunks as module
 from privet.protection import LSP, OPS, publish
 from privet.recovery import (
     COIN,
+    DVAE,
     JPEG,
     AdversarialTraining,
     BitDepth,
@@ -45,6 +46,7 @@ TABLE: dict[str, Recovery] = {
     "blur-0.5": Blur(0.5),
     "projection": Projection(),
     "coin": COIN(),
+    "dvae-4": DVAE(width=4),
     "adversarial-4": AdversarialTraining(4.0),
     "adversarial-0.5": AdversarialTraining(0.5),
     "ueraser": UEraser(),
@@ -256,6 +258,9 @@ def test_coin_fetches_pixels_from_near_by(runtime: Runtime) -> None:
         "blur-0",
         "bitdepth-8",
         "none-3",
+        "dvae-3",
+        "dvae-16.5",
+        "ueraser-5",
         "projection+",
         "+",
     ],

@@ -11,6 +11,7 @@ from privet.recovery.avatar import AVATAR
 from privet.recovery.base import ImageRecovery, Nothing, Recovery
 from privet.recovery.chain import Chain
 from privet.recovery.coin import COIN
+from privet.recovery.dvae import DVAE
 from privet.recovery.jcdp import JCDP
 from privet.recovery.prior import Prior, load_prior
 from privet.recovery.prior_training import PriorTraining, train_prior
@@ -23,6 +24,7 @@ from privet.recovery.ueraser import UEraser
 __all__ = [
     "AVATAR",
     "COIN",
+    "DVAE",
     "JCDP",
     "JPEG",
     "AdversarialTraining",
@@ -49,6 +51,7 @@ PLAIN: dict[str, Callable[[], Recovery]] = {
     "grayscale": Grayscale,
     "projection": Projection,
     "coin": COIN,
+    "dvae": DVAE,
     "ueraser": UEraser,
     "ueraser-lite": lambda: UEraser(draws=1),
     "ueraser-max": lambda: UEraser(share=1.0),
@@ -59,9 +62,10 @@ NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
     "jpeg": (lambda quality: JPEG(int(quality)), 1, 100),
     "bitdepth": (lambda bits: BitDepth(int(bits)), 1, 7),
     "blur": (Blur, 0.1, 100),
+    "dvae": (lambda width: DVAE(int(width)), 4, 512),
     "adversarial": (AdversarialTraining, 0.01, 255),
 }
-WHOLE = ("jpeg", "bitdepth")
+WHOLE = ("jpeg", "bitdepth", "dvae")
 
 
 def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
@@ -94,5 +98,5 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
     names = [*PLAIN, *WITH_PRIOR, *(f"{kind}-NUMBER" for kind in NUMBERED)]
     raise UsageError(
         f"Unknown recovery {name!r}; expected one of {', '.join(names)} (quality 1 to 100, 1 to 7 bits, sigma in "
-        "pixels, radius in 1/255), or several joined by +."
+        "pixels, width 4 to 512, radius in 1/255), or several joined by +."
     )

@@ -19,8 +19,8 @@ class UEraser(Recovery):
     Deviations: the authors compress with JPEG against those protections that they know to need it
     (TAP, AR). A recovery is not told which protection it faces, so here half of all distortions end
     with JPEG, whatever the protection. The hardest is found by the frozen network, and learned alone;
-    they pass all through the network in training mode, which costs about twice as much.
-    An operation is drawn for each image, not for a batch.
+    they train on all at once, and let only the highest loss count. An operation of TrivialAugment is
+    drawn for each image, not for a batch.
 
     Attributes:
         draws: distortions of each image; 1 is the authors' UEraser-Lite.
