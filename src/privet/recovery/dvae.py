@@ -44,8 +44,8 @@ class DVAE(ImageRecovery):
     not with every epoch. The authors' classifier, which only watched, is left out.
 
     Attributes:
-        width: channels of the first convolution. 64 is published and wants a GPU; 16 needs a
-            sixteenth of the work.
+        width: channels of the first convolution. 64 is published and wants a GPU; 16 takes an
+            eighth of the time on a processor.
         epochs: of each of the two networks, by Adam; the learning rate falls to zero as a cosine.
         batch_size: images a step.
         learning_rate: of the first step.
