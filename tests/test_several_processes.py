@@ -78,3 +78,18 @@ def test_two_processes_protect_one_set(tmp_path: Path, make_folder: Make, method
     change = (after.pixels.short() - before.pixels[order].short()).abs().amax((1, 2, 3))
     assert len(after) == 300
     assert bool((change > 0).all()) and int(change.max()) <= 8
+
+
+@pytest.mark.slow
+def test_two_processes_recover_one_set(tmp_path: Path, make_folder: Make) -> None:
+    """What one trains the other uses too, batch norm's means included."""
+    protected = make_folder(blobs(150))
+    results = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        launch("recover", str(protected), "--out", str(out), "--method", "dvae-4", "--precision", "float32")
+        results.append(tree(out))
+    assert results[0] == results[1]
+    before, after = open_images(protected), open_images(tmp_path / "a")
+    near = (after.pixels.float() - before.pixels.float()).square().mean((1, 2, 3))
+    assert float(near[:128].mean()) == pytest.approx(float(near[128:].mean()), rel=0.25)  # one process's each

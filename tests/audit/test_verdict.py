@@ -15,7 +15,7 @@ from tests.conftest import blobs
 from privet.audit.flags import Facts, Flag, PriorFacts, find_flags
 from privet.audit.statistics import Row, Spread, chance, interval, kept, recovered, rows, select
 from privet.audit.store import Cell, Plan, plan
-from privet.audit.verdict import Verdict, judge
+from privet.audit.verdict import Verdict, describe, judge
 from privet.errors import UsageError
 from privet.learning import Learner
 
@@ -237,6 +237,16 @@ def test_rows_are_selected_by_what_they_are() -> None:
     assert row.best_epochs == (2, 2, 2)
 
 
+def test_recoveries_are_told_in_words() -> None:
+    assert describe("projection+jpeg-10") == "orthogonal projection and then JPEG at quality 10"
+    assert [describe(f"ueraser{kind}") for kind in ("", "-lite", "-max")] == [
+        "UEraser",
+        "UEraser-Lite",
+        "UEraser-Max",
+    ]
+    assert describe("dvae-16") == "D-VAE"
+
+
 def test_plans() -> None:
     grid = plan("cpu", recoveries=("none", "grayscale"), seeds=4, epochs=3, flip=False)
     assert grid.seeds == (0, 1, 2, 3)
@@ -261,3 +271,8 @@ def test_plans() -> None:
 def test_impossible_plans_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan(**{"preset": "cpu", **change})
+
+
+def test_a_learner_without_labels_cannot_look_for_the_hardest_distortion() -> None:
+    with pytest.raises(UsageError, match="simclr:cnn learns without labels"):
+        replace(PLAN, architectures=("cnn", "simclr:cnn"), recoveries=("none", "ueraser"))

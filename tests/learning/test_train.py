@@ -81,6 +81,7 @@ def test_one_seed_is_one_learner(runtime: Runtime) -> None:
         replace(TINY, architecture="vit-w32"),
         replace(TINY, architecture="simclr:cnn-w4"),
         replace(TINY, architecture="simclr:cnn-w4", radius=4.0, attack_steps=2),
+        replace(TINY, distort=True, draws=2),
     ],
 )
 def test_killed_after_any_epoch_it_resumes_to_the_same_weights(
@@ -145,6 +146,10 @@ def test_impossible_learners_are_refused() -> None:
         Learner(epochs=0)
     with pytest.raises(UsageError, match=r"a radius of 0 to 255 \(in 1/255\) and at least 1 step"):
         Learner(radius=-2)
+    with pytest.raises(
+        UsageError, match="at least 1 draw, and a share of the epochs from 0 to 1; got 0 and 1.0"
+    ):
+        Learner(draws=0)
 
 
 def test_places_that_do_not_exist_are_refused() -> None:

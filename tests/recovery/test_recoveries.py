@@ -20,6 +20,7 @@ from privet.learning import chunks as module
 from privet.protection import LSP, OPS, publish
 from privet.recovery import (
     COIN,
+    DVAE,
     JPEG,
     AdversarialTraining,
     BitDepth,
@@ -29,6 +30,7 @@ from privet.recovery import (
     Nothing,
     Projection,
     Recovery,
+    UEraser,
     create_recovery,
     restore,
 )
@@ -44,13 +46,17 @@ TABLE: dict[str, Recovery] = {
     "blur-0.5": Blur(0.5),
     "projection": Projection(),
     "coin": COIN(),
+    "dvae-4": DVAE(width=4),
     "adversarial-4": AdversarialTraining(4.0),
     "adversarial-0.5": AdversarialTraining(0.5),
+    "ueraser": UEraser(),
+    "ueraser-lite": UEraser(draws=1),
+    "ueraser-max": UEraser(share=1.0),
     "projection+jpeg-75": Chain((Projection(), JPEG(75))),
     "coin+grayscale+adversarial-2": Chain((COIN(), Grayscale(), AdversarialTraining(2.0))),
 }
 # Those that look at each image alone, and draw nothing at random.
-ALONE = ("none", "jpeg", "grayscale", "bitdepth", "blur", "adversarial")
+ALONE = ("none", "jpeg", "grayscale", "bitdepth", "blur", "adversarial", "ueraser")
 CHANGES = {
     name: recovery
     for name, recovery in TABLE.items()
@@ -123,6 +129,16 @@ def test_a_way_of_training_writes_no_files(runtime: Runtime, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="adversarial-4 is a way of training and leaves images as they are"):
         restore(blobs(2), AdversarialTraining(4.0), tmp_path / "out", runtime=runtime)
     assert not (tmp_path / "out").exists()
+
+
+def test_ueraser_changes_how_it_learns() -> None:
+    usual = Learner()
+    for name, draws, share in (("ueraser", 5, 0.25), ("ueraser-lite", 1, 0.25), ("ueraser-max", 5, 1.0)):
+        learner = create_recovery(name).adapt(usual)
+        assert (learner.distort, learner.draws, learner.hard_share) == (True, draws, share)
+    both = create_recovery("ueraser+adversarial-2").adapt(usual)
+    assert both.distort
+    assert both.radius == 2.0
 
 
 def test_jpeg_is_pillow_s(runtime: Runtime) -> None:
@@ -242,6 +258,9 @@ def test_coin_fetches_pixels_from_near_by(runtime: Runtime) -> None:
         "blur-0",
         "bitdepth-8",
         "none-3",
+        "dvae-3",
+        "dvae-16.5",
+        "ueraser-5",
         "projection+",
         "+",
     ],

@@ -66,10 +66,12 @@ class Plan:
             raise UsageError(
                 "An audit needs the recovery 'none': without it there is nothing to compare with."
             )
-        for recovery in self.recoveries:
-            create_recovery(recovery, prior=self.prior)
         for architecture in self.architectures:
             create_model(architecture, classes=2, size=(32, 32))
+        for recovery in self.recoveries:
+            tried = create_recovery(recovery, prior=self.prior)
+            for architecture in self.architectures:
+                tried.adapt(replace(self.learner, architecture=architecture))
 
     def cells(self) -> list[Cell]:
         """Return all cells, those that share images next to each other, references first."""

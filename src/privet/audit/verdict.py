@@ -116,6 +116,8 @@ def describe(recovery: str) -> str:
         "jcdp": "JCDP (learnable examples)",
         "avatar": "AVATAR",
         "coin": "random interpolation (COIN)",
+        "dvae": "D-VAE",
+        "ueraser": f"UEraser{number and '-'}{number.capitalize()}",
         "adversarial": f"adversarial training at {number}/255",
     }.get(kind, recovery)
 

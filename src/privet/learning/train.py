@@ -19,6 +19,7 @@ from privet.images.augment import augmentation_for
 from privet.images.image_set import ImageSet
 from privet.learning.attack import frozen, pgd
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
+from privet.learning.hardest import hardest
 from privet.learning.runtime import Runtime
 from privet.models import create_model, family, load_backbone
 from privet.models.projection import PREFIX
@@ -46,6 +47,9 @@ class Learner:
         radius: of adversarial training, L-infinity, in 1/255; 0 is standard training.
         attack_steps: of its PGD, each a fifth of the radius (twice the radius over the steps if
             there are fewer than ten, so that every point of the ball can be reached).
+        distort: whether views are distorted as well (`privet.images.distort`).
+        draws: distortions of each image, of which the one with the highest loss is learned.
+        hard_share: share of the epochs, from the first, in which there are so many; later there is one.
         flip: whether views are mirrored; no for handwriting.
         weights: safetensors to start from (fine-tuning), or None for random weights.
     """
@@ -58,6 +62,9 @@ class Learner:
     schedule: str = "cosine"
     radius: float = 0.0
     attack_steps: int = 10
+    distort: bool = False
+    draws: int = 1
+    hard_share: float = 1.0
     flip: bool = True
     weights: Path | None = None
 
@@ -72,6 +79,16 @@ class Learner:
             raise UsageError(
                 f"Adversarial training needs a radius of 0 to 255 (in 1/255) and at least 1 step, got "
                 f"{self.radius} and {self.attack_steps}."
+            )
+        if self.distort and self.architecture.startswith(PREFIX):
+            raise UsageError(
+                f"{self.architecture} learns without labels, and which distortion is the hardest is a question of "
+                "labels. Leave the recovery ueraser out, or the learner."
+            )
+        if self.draws < 1 or not 0 <= self.hard_share <= 1:
+            raise UsageError(
+                f"Distortion needs at least 1 draw, and a share of the epochs from 0 to 1; got {self.draws} and "
+                f"{self.hard_share}."
             )
 
 
@@ -154,6 +171,7 @@ def learn(
         order = torch.randperm(len(train), generator=generator(seed, "order", epoch))
         order = order.to(runtime.device)
         randomness = generator(seed, "views", epoch, runtime.rank, device=runtime.device)
+        draws = learner.draws if epoch < round(learner.hard_share * learner.epochs) else 1
         totals = torch.zeros(3, device=runtime.device)  # loss, correct, seen
         for step in range(steps):
             index = runtime.share(order[step * batch : (step + 1) * batch])
@@ -161,6 +179,8 @@ def learn(
             views = augmentation.draw(len(index), train.size, randomness)
             x = views.apply(runtime.take(pixels, index)).float() / 255
             with frozen(model):
+                if learner.distort:
+                    x = hardest(model, x, y, draws=draws, generator=randomness, runtime=runtime)
                 x = pgd(
                     model,
                     x,

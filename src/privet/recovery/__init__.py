@@ -11,6 +11,7 @@ from privet.recovery.avatar import AVATAR
 from privet.recovery.base import ImageRecovery, Nothing, Recovery
 from privet.recovery.chain import Chain
 from privet.recovery.coin import COIN
+from privet.recovery.dvae import DVAE
 from privet.recovery.jcdp import JCDP
 from privet.recovery.prior import Prior, load_prior
 from privet.recovery.prior_training import PriorTraining, noise_error, train_prior
@@ -18,10 +19,12 @@ from privet.recovery.projection import Projection
 from privet.recovery.publication import restore
 from privet.recovery.purify import Purify
 from privet.recovery.squeeze import JPEG, BitDepth, Blur, Grayscale
+from privet.recovery.ueraser import UEraser
 
 __all__ = [
     "AVATAR",
     "COIN",
+    "DVAE",
     "JCDP",
     "JPEG",
     "AdversarialTraining",
@@ -36,6 +39,7 @@ __all__ = [
     "Projection",
     "Purify",
     "Recovery",
+    "UEraser",
     "create_recovery",
     "load_prior",
     "needs_prior",
@@ -49,6 +53,10 @@ PLAIN: dict[str, Callable[[], Recovery]] = {
     "grayscale": Grayscale,
     "projection": Projection,
     "coin": COIN,
+    "dvae": DVAE,
+    "ueraser": UEraser,
+    "ueraser-lite": lambda: UEraser(draws=1),
+    "ueraser-max": lambda: UEraser(share=1.0),
 }
 WITH_PRIOR: dict[str, Callable[[str], Recovery]] = {"purify": Purify, "jcdp": JCDP, "avatar": AVATAR}
 # Name, what makes it of its number, and the range of the number.
@@ -56,9 +64,10 @@ NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
     "jpeg": (lambda quality: JPEG(int(quality)), 1, 100),
     "bitdepth": (lambda bits: BitDepth(int(bits)), 1, 7),
     "blur": (Blur, 0.1, 100),
+    "dvae": (lambda width: DVAE(int(width)), 4, 512),
     "adversarial": (AdversarialTraining, 0.01, 255),
 }
-WHOLE = ("jpeg", "bitdepth")
+WHOLE = ("jpeg", "bitdepth", "dvae")
 
 
 def needs_prior(name: str) -> bool:
@@ -96,5 +105,5 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
     names = [*PLAIN, *WITH_PRIOR, *(f"{kind}-NUMBER" for kind in NUMBERED)]
     raise UsageError(
         f"Unknown recovery {name!r}; expected one of {', '.join(names)} (quality 1 to 100, 1 to 7 bits, sigma in "
-        "pixels, radius in 1/255), or several joined by +."
+        "pixels, width 4 to 512, radius in 1/255), or several joined by +."
     )

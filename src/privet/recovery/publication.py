@@ -39,7 +39,7 @@ def restore(
     if recovery.adapt(Learner()) != Learner():
         raise UsageError(
             f"{recovery.name} is a way of training and leaves images as they are; try it with "
-            f"'privet audit --recoveries none,{recovery.name}', or train with it ('privet learn --radius')."
+            f"'privet audit --recoveries none,{recovery.name}'."
         )
     job = Job(runtime=runtime, seed=seed, checkpoint_seconds=checkpoint_seconds, progress=progress)
     return publish_changed(
