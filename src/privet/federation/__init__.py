@@ -1,0 +1,1 @@
+"""Federated learning on few bytes: codecs for updates, and which clients take part."""
