@@ -39,10 +39,22 @@ def network(name: str) -> nn.Module:
         torch.manual_seed(0)
         if name == "mlp":
             return nn.Sequential(
-                nn.Flatten(), nn.Linear(3072, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)
+                nn.Flatten(),
+                nn.Linear(3072, 512),
+                nn.ReLU(),
+                nn.Linear(512, 256),
+                nn.ReLU(),
+                nn.Linear(256, 10),
             )
         if name == "lenet":
-            features = (nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2))
+            features = (
+                nn.Conv2d(3, 6, 5),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(6, 16, 5),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            )
             head = (nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
             return nn.Sequential(*features, nn.Flatten(), *head)
     return create_model(name, classes=10, size=(32, 32))
@@ -71,7 +83,9 @@ def _client(labels: torch.Tensor, count: int) -> torch.Tensor:
     """Draw images whose classes follow a Dirichlet distribution."""
     random = np.random.default_rng(derive(0, "client"))
     wanted = np.floor(random.dirichlet(np.full(10, ALPHA)) * count).astype(int)
-    return torch.cat([torch.nonzero(labels == label).flatten()[:number] for label, number in enumerate(wanted)])
+    return torch.cat(
+        [torch.nonzero(labels == label).flatten()[:number] for label, number in enumerate(wanted)]
+    )
 
 
 def _train(model: nn.Module, images: ImageSet, index: torch.Tensor, epochs: int, *, seed: int) -> None:

@@ -83,7 +83,10 @@ class Codec(ABC):
             more, decoded = self._fitting(values, schema, allowed, sections, seed)
             sections |= more
         header = Header(
-            codec=self.number, schema=schema.hash, round=state.round if state else 0, base=state.base if state else 0
+            codec=self.number,
+            schema=schema.hash,
+            round=state.round if state else 0,
+            base=state.base if state else 0,
         )
         if allowed is not None and allowed.bytes is not None and frame_bytes(sections) > allowed.bytes:
             raise UsageError(

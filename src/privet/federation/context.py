@@ -73,9 +73,12 @@ def read_context(reader: Reader, schema: Schema) -> Numbers:
     rows = np.split(read_rice(reader, sizes, schema.size, "positions a row"), np.cumsum(sizes)[:-1])
     counts = _read_counts(reader, sum(int(hits.sum()) for hits in rows))
     gaps = np.split(read_rice(reader, counts, schema.size, "positions"), np.cumsum(counts)[:-1])
-    ranks = np.concatenate([np.cumsum(group + 1) - 1 for group in gaps])  # of positions among their class's cells
+    ranks = np.concatenate(
+        [np.cumsum(group + 1) - 1 for group in gaps]
+    )  # of positions among their class's cells
     ends = np.cumsum(counts)
-    next_, passed = ends - counts, np.zeros(CLASSES, np.int64)
+    passed = np.zeros(CLASSES, np.int64)
+    next_: Numbers = ends - np.array(counts)
     mask = np.zeros(schema.size, np.bool_)
     for (tensor, part), hits in zip(_parts(schema, mask), rows, strict=True):
         cells = part.reshape(tensor.matrix)
@@ -117,9 +120,14 @@ def _classes(hits: int, above: Numbers, total: int) -> Numbers:
     return np.minimum(np.frexp(likely.astype(np.float64))[1], _HALF - 1).astype(np.int64)
 
 
-def _gaps_in_rows(cells: Mask, hits: Numbers, kernel: int, passed: Numbers, gaps: Numbers, kinds: Numbers) -> None:
+def _gaps_in_rows(
+    cells: Mask, hits: Numbers, kernel: int, passed: Numbers, gaps: Numbers, kinds: Numbers
+) -> None:
     done = 0
-    seen, last = np.zeros(CLASSES, np.int64), -passed  # cells of each class, and those up to its last position
+    seen, last = (
+        np.zeros(CLASSES, np.int64),
+        -passed,
+    )  # cells of each class, and those up to its last position
     above, total = np.zeros(cells.shape[1], np.int64), 0
     for row in np.flatnonzero(hits):
         octaves = _classes(int(hits[row]), above, total)
@@ -197,8 +205,7 @@ def _gaps(cells: Mask, hits: Numbers, kernel: int, passed: Numbers, gaps: Number
         _octaves(hits[row], most, width, total, table)
         near[:] = 0
         for tap in range(min(kernel, width)):
-            group = 0
-            for at in range(tap, width, kernel):
+            for group, at in enumerate(range(tap, width, kernel)):
                 kind = table[above[at]] + near[group]
                 if cells[row, at]:
                     gaps[done], kinds[done] = passed[kind], kind
@@ -209,12 +216,13 @@ def _gaps(cells: Mask, hits: Numbers, kernel: int, passed: Numbers, gaps: Number
                     near[group] = _HALF
                 else:
                     passed[kind] += 1
-                group += 1
         total += hits[row]
 
 
 @jit
-def _place(cells: Mask, hits: Numbers, kernel: int, passed: Numbers, ranks: Numbers, next_: Numbers, ends: Numbers) -> bool:
+def _place(
+    cells: Mask, hits: Numbers, kernel: int, passed: Numbers, ranks: Numbers, next_: Numbers, ends: Numbers
+) -> bool:
     rows, width = cells.shape
     above, table = np.zeros(width, np.int32), np.zeros(rows + 1, np.int64)
     near = np.zeros((width + kernel - 1) // kernel, np.int64)
@@ -230,8 +238,7 @@ def _place(cells: Mask, hits: Numbers, kernel: int, passed: Numbers, ranks: Numb
         near[:] = 0
         found = 0
         for tap in range(min(kernel, width)):
-            group = 0
-            for at in range(tap, width, kernel):
+            for group, at in enumerate(range(tap, width, kernel)):
                 kind = table[above[at]] + near[group]
                 if passed[kind] == ahead[kind]:
                     cells[row, at] = True
@@ -242,7 +249,6 @@ def _place(cells: Mask, hits: Numbers, kernel: int, passed: Numbers, ranks: Numb
                     most = max(most, above[at])
                     near[group] = _HALF
                 passed[kind] += 1
-                group += 1
         if found != hits[row]:
             return False
         total += hits[row]

@@ -23,7 +23,9 @@ def write_dense(update: Update, schema: Schema) -> bytes:
     for tensor in schema.tensors:
         if tensor.dense and tensor.size:
             array = np.asarray(update[tensor.name]).ravel()
-            parts.append(_write_floats(array, tensor.name) if tensor.dtype in FLOATS else _write_integers(array))
+            parts.append(
+                _write_floats(array, tensor.name) if tensor.dtype in FLOATS else _write_integers(array)
+            )
     return b"".join(parts)
 
 
@@ -39,7 +41,9 @@ def read_dense(data: bytes, schema: Schema) -> Update:
         if not tensor.dense:
             continue
         if not tensor.size:
-            update[tensor.name] = np.zeros(tensor.shape, np.float32 if tensor.dtype in FLOATS else tensor.dtype)
+            update[tensor.name] = np.zeros(
+                tensor.shape, np.float32 if tensor.dtype in FLOATS else tensor.dtype
+            )
         elif tensor.dtype in FLOATS:
             update[tensor.name] = read_bytes(reader, tensor.size, tensor.name).reshape(tensor.shape)
         else:
@@ -53,7 +57,9 @@ def write_bytes(values: Values) -> bytes:
     largest = np.abs(values).max(initial=np.float32(0))
     step = np.float32(largest / np.float32(MOST_STEPS))
     bits = int(step.view(np.uint32))
-    upper = min((bits >> 16) + (bits & 0xFFFF > 0), 0x7F7F)  # upwards, so that the largest needs no more than 127
+    upper = min(
+        (bits >> 16) + (bits & 0xFFFF > 0), 0x7F7F
+    )  # upwards, so that the largest needs no more than 127
     step = np.uint32(upper << 16).view(np.float32)
     steps = np.zeros(len(values), np.int8)
     if step > 0:
@@ -67,7 +73,8 @@ def read_bytes(reader: Reader, count: int, what: str) -> Values:
     steps = np.frombuffer(reader.take(count, what), np.int8)
     if upper > 0x7F7F or (steps == -128).any():
         raise CodecError(f"Expected {what} as -127 to 127 finite steps.")
-    values = steps * np.uint32(upper << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        values = steps * np.uint32(upper << 16).view(np.float32)
     if not finite(values):
         raise CodecError(f"Expected {what} as finite numbers.")
     return values
@@ -100,7 +107,9 @@ def _read_integers(reader: Reader, tensor: Tensor) -> NDArray[np.generic]:
     least, most = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
     limit = 2 * most if least == 0 else 2 * most + 1
     if reader.left < tensor.size:
-        raise CodecError(f"Expected {tensor.size:,} numbers of {tensor.name}, but only {reader.left:,} bytes are left.")
+        raise CodecError(
+            f"Expected {tensor.size:,} numbers of {tensor.name}, but only {reader.left:,} bytes are left."
+        )
     coded = [reader.varint(tensor.name, most=limit) for _ in range(tensor.size)]
     values = [-(code >> 1) - 1 if code & 1 else code >> 1 for code in coded]
     if min(values) < least:

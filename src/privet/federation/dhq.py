@@ -76,12 +76,15 @@ class DHQ(SparseCodec):
         if not sections:
             return Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
         index = read_positions(sections, schema)
-        if set(sections) - {Section.RICE, Section.CONTEXT} != {Section.LEVELS, Section.SYMBOLS} or not len(index):
+        if set(sections) - {Section.RICE, Section.CONTEXT} != {Section.LEVELS, Section.SYMBOLS} or not len(
+            index
+        ):
             raise CodecError("Expected positions, levels and symbols.")
         groups = list(_groups(index, schema))
         books, rule, table = _read_levels(sections[Section.LEVELS], len(groups))
         reader = Reader(sections[Section.SYMBOLS])
-        symbols = read_rans(reader, _fresh(index, schema), _successor(rule, table.shape[1]), table)
+        fixed = np.where(_fresh(index, schema), 0, -1).astype(np.int8)
+        symbols = read_rans(reader, fixed, _successor(rule, table.shape[1]), table)
         reader.end()
         told = np.empty(len(index), np.float32)
         for group, values in zip(groups, books, strict=True):
@@ -139,7 +142,7 @@ def _fresh(index: Index, schema: Schema) -> NDArray[np.bool_]:
     rows = np.empty(len(index), np.int64)
     for tensor, offset, start, end in zip(schema.compressed, schema.offsets, ends, ends[1:], strict=False):
         rows[start:end] = (index[start:end] - offset) // tensor.matrix[1]
-    fresh = np.diff(rows, prepend=-1) != 0
+    fresh: NDArray[np.bool_] = np.diff(rows, prepend=-1) != 0
     fresh[ends[:-1][ends[:-1] < len(index)]] = True
     return fresh
 
@@ -163,7 +166,9 @@ def _model(symbols: Bytes, fresh: NDArray[np.bool_]) -> tuple[int, Bytes, Bytes,
         successor = _successor(rule, count)
         contexts = np.where(first, 0, successor[np.roll(symbols, 1)]).astype(np.uint8)
         rows = int(successor.max()) + 1
-        seen = np.bincount(contexts.astype(np.int64) * count + symbols, minlength=rows * count).reshape(rows, count)
+        seen = np.bincount(contexts.astype(np.int64) * count + symbols, minlength=rows * count).reshape(
+            rows, count
+        )
         weights = choose_weights(seen)
         table = frequencies(weights)
         bits = cost(seen, table) + 8 * weights.size

@@ -22,6 +22,7 @@ CENTRES = {
     4: (0.1283950, 0.3880483, 0.6567591, 0.9423405, 1.2562312, 1.6180464, 2.0690172, 2.7325896),
 }
 BLOCK = 1 << 14  # values rotated together
+MOST_SCALE = 2.0**115  # beyond, a rotated block could leave float32
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class EDEN(Codec):
         for start, padded in _blocks(len(values)):
             part = np.zeros(padded, np.float32)
             part[: len(values) - start] = values[start : start + padded]
-            largest = np.abs(part).max() or np.float32(1)
-            rotated = _hadamard((part / largest) * _signs(seed, start, padded)).astype(np.float64)
+            largest = float(np.abs(part).max()) or 1.0
+            rotated = _hadamard((part / np.float32(largest)) * _signs(seed, start, padded)).astype(np.float64)
             size = float(np.sqrt(np.mean(np.square(rotated)))) or 1.0
             code = np.searchsorted((levels[1:] + levels[:-1]) / 2, rotated / size)
             told = float(np.dot(rotated, levels[code]))
-            scale = float(np.dot(rotated, rotated)) / told * float(largest) if told > 0 else 0.0
+            scale = float(np.dot(rotated, rotated)) / told * largest if told > 0 else 0.0
             data += [
-                np.float32(min(scale, np.finfo(np.float32).max / 4096)).astype("<f4").tobytes(),
+                np.float32(min(scale, MOST_SCALE)).astype("<f4").tobytes(),
                 pack(code, np.full(padded, self.bits)),
             ]
         sections = {Section.VALUES: b"".join(data)}

@@ -10,7 +10,7 @@ from privet.federation.base import Codec, Decoded
 from privet.federation.dense import read_bytes, write_bytes
 from privet.federation.fp16 import values_only
 from privet.federation.schema import Schema, Values
-from privet.federation.wire import Reader, Section, Sections
+from privet.federation.wire import Section, Sections
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,3 @@ class Int8(Codec):
         parts = [read_bytes(reader, tensor.size, tensor.name) for tensor in schema.compressed]
         reader.end()
         return Decoded(np.concatenate([np.zeros(0, np.float32), *parts]))
-

@@ -66,5 +66,7 @@ def codec_of(header: Header) -> type[Codec]:
         CodecError: there is none of this number.
     """
     if header.codec not in _BY_NUMBER:
-        raise CodecError(f"Expected a codec of {', '.join(map(str, sorted(_BY_NUMBER)))}, got number {header.codec}.")
+        raise CodecError(
+            f"Expected a codec of {', '.join(map(str, sorted(_BY_NUMBER)))}, got number {header.codec}."
+        )
     return _BY_NUMBER[header.codec]

@@ -43,7 +43,7 @@ class MeanSplit:
             raise UsageError(f"Expected a depth from 0 to 6, got {self.depth}.")
 
     def borders(self, magnitudes: Values) -> Borders:
-        found = np.zeros(0, np.float32)
+        found: Borders = np.zeros(0, np.float32)
         for _ in range(self.depth):
             means = _means(magnitudes, found)
             found = np.unique(np.concatenate((found, means[np.isfinite(means)])))
@@ -59,14 +59,16 @@ class Lloyd:
 
     def __post_init__(self) -> None:
         if not (0 <= self.depth <= 6 and self.steps >= 1):
-            raise UsageError(f"Expected a depth from 0 to 6 and at least 1 step, got {self.depth} and {self.steps}.")
+            raise UsageError(
+                f"Expected a depth from 0 to 6 and at least 1 step, got {self.depth} and {self.steps}."
+            )
 
     def borders(self, magnitudes: Values) -> Borders:
         found = MeanSplit(self.depth).borders(magnitudes)
         for _ in range(self.steps):
             means = _means(magnitudes, found)
             means = means[np.isfinite(means)]
-            moved = np.unique((means[1:] + means[:-1]) / 2)
+            moved = np.unique((means[1:] + means[:-1]) / np.float32(2))
             if np.array_equal(moved, found):
                 break
             found = moved
@@ -89,14 +91,24 @@ class DeadZone:
 
     def borders(self, magnitudes: Values) -> Borders:
         least, most = float(magnitudes.min()), float(magnitudes.max())
-        step = max(least / self.zone, np.finfo(np.float32).tiny)
+        step = max(least / self.zone, float(np.finfo(np.float32).tiny))
         count = min(MOST_LEVELS - 1, int((most - least) / step))
         return np.unique((least + step * np.arange(1, count + 1)).astype(np.float32))
 
 
+def level_of(magnitudes: Values, borders: Borders) -> Levels:
+    """Return the number of borders below each magnitude."""
+    if len(borders) > 8:
+        return np.searchsorted(borders, magnitudes).astype(np.uint8)
+    levels = np.zeros(len(magnitudes), np.uint8)
+    for border in borders:
+        levels += magnitudes > border
+    return levels
+
+
 def _means(magnitudes: Values, borders: Borders) -> Borders:
     """Return the mean of each level, NaN for an empty one."""
-    levels = np.searchsorted(borders, magnitudes)
+    levels = level_of(magnitudes, borders)
     counts = np.bincount(levels, minlength=len(borders) + 1)
     sums = np.bincount(levels, magnitudes, minlength=len(borders) + 1)
     with np.errstate(invalid="ignore"):
@@ -108,7 +120,7 @@ def fit(quantiser: Quantiser, magnitudes: Values) -> tuple[Levels, Values, int]:
 
     The values are float16 numbers, ascending and above 0, in float32; the largest is in [1, 2).
     """
-    levels = np.searchsorted(quantiser.borders(magnitudes), magnitudes)
+    levels = level_of(magnitudes, quantiser.borders(magnitudes))
     sums, counts = np.bincount(levels, magnitudes), np.bincount(levels)
     used = np.flatnonzero(counts)
     means = sums[used] / counts[used]

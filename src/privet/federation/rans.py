@@ -14,6 +14,7 @@ from privet.federation.fast import fast, jit
 from privet.federation.wire import Bytes, Reader, varint
 
 Frequencies = NDArray[np.uint32]  # (contexts, symbols)
+Contexts = NDArray[np.int8]
 
 SCALE = 14
 LOWEST = 1 << 16  # state; a state is in [2^16, 2^32) between symbols
@@ -37,7 +38,9 @@ def choose_weights(counts: NDArray[np.int64]) -> Bytes:
     most = counts.max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore"):
         octaves = np.log2(counts / np.maximum(most, 1))
-    return np.where(counts > 0, np.clip(np.rint(np.maximum(octaves, -16) * 16) + 255, 1, 255), 0).astype(np.uint8)
+    return np.where(counts > 0, np.clip(np.rint(np.maximum(octaves, -16) * 16) + 255, 1, 255), 0).astype(
+        np.uint8
+    )
 
 
 def frequencies(weights: Bytes) -> Frequencies:
@@ -73,19 +76,19 @@ def write_rans(symbols: Bytes, contexts: Bytes, table: Frequencies) -> bytes:
     return varint(len(stream)) + states.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
 
 
-def read_rans(reader: Reader, fresh: NDArray[np.bool_], successor: Bytes, table: Frequencies) -> Bytes:
-    """Return as many symbols as `fresh` is long.
+def read_rans(reader: Reader, fixed: Contexts, successor: Bytes, table: Frequencies) -> Bytes:
+    """Return as many symbols as `fixed` is long.
 
     Args:
         reader: where they lie.
-        fresh: whether a symbol has context 0 whatever came before it.
+        fixed: the context of each symbol, or -1 for the one that the symbol before gives it (a lane's first: 0).
         successor: the context that each symbol gives the next one.
         table: frequencies, (contexts, symbols).
 
     Raises:
         CodecError: the stream does not end where and as it must.
     """
-    count = len(fresh)
+    count = len(fixed)
     lanes = lanes_for(count)
     if not lanes:
         return np.zeros(0, np.uint8)
@@ -101,13 +104,15 @@ def read_rans(reader: Reader, fresh: NDArray[np.bool_], successor: Bytes, table:
         lookup[context] = np.repeat(np.arange(table.shape[1]), table[context])
     symbols = np.zeros(count, np.uint8)
     decode = _decode if fast() else _decode_lanes
-    used = decode(symbols, fresh, successor, present, lookup, table, starts, states, words)
+    used = decode(symbols, fixed, successor, present, lookup, table, starts, states, words)
     if used != length or (states != LOWEST).any():
         raise CodecError("The stream of symbols does not end as it must.")
     return symbols
 
 
-def _encode_lanes(frequency: Frequencies, start: Frequencies, lanes: int) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
+def _encode_lanes(
+    frequency: Frequencies, start: Frequencies, lanes: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
     count = len(frequency)
     part = -(-count // lanes)
     states = np.full(lanes, LOWEST, np.uint64)
@@ -119,14 +124,15 @@ def _encode_lanes(frequency: Frequencies, start: Frequencies, lanes: int) -> tup
         x, f = states[:active], wide[at]
         full = x >= f << np.uint64(32 - SCALE)
         stream.append((x[full] & np.uint64(0xFFFF))[::-1])
-        x = np.where(full, x >> np.uint64(16), x)
-        states[:active] = ((x // f) << np.uint64(SCALE)) + x % f + first[at]
+        x = np.where(full, x >> np.uint64(16), x).astype(np.uint64)
+        quotient: NDArray[np.uint64] = np.floor_divide(x, f)
+        states[:active] = (quotient << np.uint64(SCALE)) + x - quotient * f + first[at]
     return states, np.concatenate(stream)[::-1].astype(np.uint16)
 
 
 def _decode_lanes(
     symbols: Bytes,
-    fresh: NDArray[np.bool_],
+    fixed: Contexts,
     successor: Bytes,
     present: NDArray[np.bool_],
     lookup: Bytes,
@@ -142,14 +148,18 @@ def _decode_lanes(
     for step in range(part):
         active = -(-(count - step) // part)
         at = slice(step, step + (active - 1) * part + 1, part)
-        c = np.where(fresh[at], 0, context[:active])
+        c = np.where(fixed[at] < 0, context[:active], fixed[at])
         if not present[c].all():
             return -1
         x = states[:active]
         slot = (x & np.uint64((1 << SCALE) - 1)).astype(np.int64)
         symbol = lookup[c, slot]
         symbols[at] = symbol
-        x = table[c, symbol].astype(np.uint64) * (x >> np.uint64(SCALE)) + slot.astype(np.uint64) - starts[c, symbol]
+        x = (
+            table[c, symbol].astype(np.uint64) * (x >> np.uint64(SCALE))
+            + slot.astype(np.uint64)
+            - starts[c, symbol]
+        )
         low = np.flatnonzero(x < LOWEST)
         if used + len(low) > len(words):
             return -1
@@ -161,7 +171,9 @@ def _decode_lanes(
 
 
 @jit
-def _encode(frequency: Frequencies, start: Frequencies, states: NDArray[np.uint64], words: NDArray[np.uint16]) -> int:
+def _encode(
+    frequency: Frequencies, start: Frequencies, states: NDArray[np.uint64], words: NDArray[np.uint16]
+) -> int:
     count, lanes = len(frequency), len(states)
     part = -(-count // lanes)
     used = 0
@@ -175,14 +187,16 @@ def _encode(frequency: Frequencies, start: Frequencies, states: NDArray[np.uint6
                 used += 1
                 x >>= np.uint32(16)
             quotient = x // f
-            states[lane] = (np.uint64(quotient) << np.uint64(SCALE)) + np.uint64(x - quotient * f) + np.uint64(start[at])
+            states[lane] = (
+                (np.uint64(quotient) << np.uint64(SCALE)) + np.uint64(x - quotient * f) + np.uint64(start[at])
+            )
     return used
 
 
 @jit
 def _decode(
     symbols: Bytes,
-    fresh: NDArray[np.bool_],
+    fixed: Contexts,
     successor: Bytes,
     present: NDArray[np.bool_],
     lookup: Bytes,
@@ -198,14 +212,18 @@ def _decode(
         active = -(-(count - step) // part)
         for lane in range(active):
             at = lane * part + step
-            context = 0 if fresh[at] or step == 0 else successor[symbols[at - 1]]
+            context = int(fixed[at])
+            if context < 0:
+                context = int(successor[symbols[at - 1]]) if step > 0 else 0
             if not present[context]:
                 return -1
             x = states[lane]
             slot = np.int64(x & np.uint64((1 << SCALE) - 1))
             symbol = lookup[context, slot]
             symbols[at] = symbol
-            x = np.uint64(table[context, symbol]) * (x >> np.uint64(SCALE)) + np.uint64(slot - np.int64(starts[context, symbol]))
+            x = np.uint64(table[context, symbol]) * (x >> np.uint64(SCALE)) + np.uint64(
+                slot - np.int64(starts[context, symbol])
+            )
             if x < np.uint64(LOWEST):
                 if used >= len(words):
                     return -1

@@ -1,8 +1,9 @@
 """Codes of whole numbers: unary, fixed widths, and Rice's code, which joins the two.
 
-Rice's code takes groups of numbers: quotients in unary, remainders in as many bits as suit the group. All
-quotients form one stream of bits and all remainders another, so that numpy can write and read either at
-once. How many numbers a group has is known to the reader.
+Rice's code takes groups of numbers: quotients in unary, remainders in as many bits as suit the group. Where that is
+shorter, rANS replaces the unary code, with frequencies for quotients with and without remainders. All quotients form
+one stream of bits and all remainders another, so that numpy can write and read either at once. How many numbers a
+group has is known to the reader.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 
 from privet.errors import CodecError
 from privet.federation.fast import fast, jit
+from privet.federation.rans import choose_weights, cost, frequencies, read_rans, write_rans
 from privet.federation.wire import Bytes, Reader, varint
 
 Numbers = NDArray[np.int64]
 
 MOST_BITS = 40  # of a remainder
 CHUNK = 1 << 16  # numbers that numpy takes apart at once
+ESCAPE = 11  # quotients from here on go in unary even where rANS codes the rest
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # in each byte
 
@@ -36,7 +39,10 @@ def remainder_bits(numbers: Numbers) -> int:
     if mean > 0:
         guess = 1 + math.floor(math.log2(math.log(_GOLDEN) / math.log(mean / (mean + 1))))
     guess = max(0, min(MOST_BITS - 1, guess))
-    return min(range(max(0, guess - 1), guess + 2), key=lambda bits: bits * len(numbers) + int((numbers >> bits).sum()))
+    return min(
+        range(max(0, guess - 1), guess + 2),
+        key=lambda bits: bits * len(numbers) + int((numbers >> bits).sum()),
+    )
 
 
 def write_rice(numbers: Numbers, sizes: Sequence[int]) -> bytes:
@@ -48,7 +54,7 @@ def write_rice(numbers: Numbers, sizes: Sequence[int]) -> bytes:
     bits = np.array([remainder_bits(group) if len(group) else 0 for group in groups], np.int64)
     width = np.repeat(bits, sizes)
     used = bytes(count for count, size in zip(bits.tolist(), sizes, strict=True) if size)
-    return used + write_unary(numbers >> width) + pack(numbers, width)
+    return used + _write_quotients(numbers >> width, width) + pack(numbers, width)
 
 
 def read_rice(reader: Reader, sizes: Sequence[int], most: int, what: str) -> Numbers:
@@ -62,8 +68,8 @@ def read_rice(reader: Reader, sizes: Sequence[int], most: int, what: str) -> Num
         return np.zeros(0, np.int64)
     limit = min(MOST_BITS, most.bit_length())
     bits = [reader.byte(f"remainder bits of {what}", most=limit) if size else 0 for size in sizes]
-    high = read_unary(reader, count, most, what)
     width = np.repeat(np.array(bits, np.int64), sizes)
+    high = _read_quotients(reader, width, most, what)
     low = unpack_from(reader, width, what)
     if int(high.max()) > most >> int(width[high.argmax()]):
         raise CodecError(f"Expected {what} to add up to at most {most:,}.")
@@ -71,6 +77,37 @@ def read_rice(reader: Reader, sizes: Sequence[int], most: int, what: str) -> Num
     # Each is at most 2 * most + 1 here, but a sum of many could pass 63 bits: floats cannot wrap around.
     if float(numbers.sum(dtype=np.float64)) > most:
         raise CodecError(f"Expected {what} to add up to at most {most:,}.")
+    return numbers
+
+
+def _write_quotients(numbers: Numbers, width: Numbers) -> bytes:
+    """Return quotients in unary or by rANS, whichever is shorter."""
+    unary = write_unary(numbers)
+    symbols = np.minimum(numbers, ESCAPE).astype(np.uint8)
+    contexts = (width > 0).astype(np.uint8)
+    counts = np.bincount(symbols + contexts * (ESCAPE + 1), minlength=2 * (ESCAPE + 1)).reshape(2, -1)
+    weights = choose_weights(counts)
+    table = frequencies(weights)
+    if cost(counts, table) / 8 + weights.size > len(unary):
+        return b"\0" + unary
+    escaped = numbers[symbols == ESCAPE] - ESCAPE
+    coded = (
+        weights.tobytes()
+        + write_rans(symbols, contexts, table)
+        + (write_unary(escaped) if len(escaped) else b"")
+    )
+    return b"\1" + coded if len(coded) < len(unary) else b"\0" + unary
+
+
+def _read_quotients(reader: Reader, width: Numbers, most: int, what: str) -> Numbers:
+    if not reader.byte(f"coder of {what}", most=1):
+        return read_unary(reader, len(width), most, what)
+    weights = np.frombuffer(reader.take(2 * (ESCAPE + 1), what), np.uint8).reshape(2, -1)
+    nothing = np.zeros(ESCAPE + 1, np.uint8)
+    numbers = read_rans(reader, (width > 0).astype(np.int8), nothing, frequencies(weights)).astype(np.int64)
+    escaped = np.flatnonzero(numbers == ESCAPE)
+    if len(escaped):
+        numbers[escaped] += read_unary(reader, len(escaped), most, what)
     return numbers
 
 

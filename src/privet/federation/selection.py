@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,7 @@ from privet.federation.schema import Schema, Values
 Index = NDArray[np.int64]
 
 FLOOR = 8  # each tensor keeps at least an eighth of its share
+_BINS = 1 << 15  # of magnitudes, by their float32's exponent and upper seven bits
 
 
 def select(values: Values, schema: Schema, count: int) -> Index:
@@ -19,44 +22,66 @@ def select(values: Values, schema: Schema, count: int) -> Index:
     Every tensor keeps at least an eighth of the fraction that is kept of all, so that none is starved.
     Zeros are never kept, and of equal magnitudes those at lower positions are.
     """
-    sizes = np.abs(values)
-    floors = [count * tensor.size // (FLOOR * schema.size) for tensor in schema.compressed]
+    chosen = largest(values, count)
+    ends = np.searchsorted(chosen, schema.offsets)
+    parts = [chosen[start:end] for start, end in pairwise(ends)]
+    free = list(range(len(parts)))
     while True:
-        chosen = largest(sizes, count)
-        ends = np.searchsorted(chosen, schema.offsets)
-        short = [tensor for tensor, floor in enumerate(floors) if ends[tensor + 1] - ends[tensor] < floor]
+        floors = {tensor: count * schema.compressed[tensor].size // (FLOOR * schema.size) for tensor in free}
+        short = [tensor for tensor in free if len(parts[tensor]) < floors[tensor]]
         if not short:
-            return chosen
+            return np.concatenate(parts)
         for tensor in short:
-            part = sizes[schema.offsets[tensor] : schema.offsets[tensor + 1]]
-            part[largest(part, floors[tensor])] = np.inf
-            floors[tensor] = 0
+            start, end = schema.offsets[tensor : tensor + 2]
+            parts[tensor] = start + largest(values[start:end], floors[tensor])
+            free.remove(tensor)
+        # The others share what is left, and some of them may now fall short.
+        held = np.concatenate([parts[tensor] for tensor in free])
+        held = held[largest(values[held], count - sum(map(len, parts)) + len(held))]
+        ends = np.searchsorted(held, schema.offsets)
+        for tensor in free:
+            parts[tensor] = held[ends[tensor] : ends[tensor + 1]]
 
 
-def largest(sizes: Values, count: int) -> Index:
-    """Return the positions of the `count` largest, sorted; zeros are left out, lower positions win ties."""
-    if count <= 0 or not len(sizes):
+def largest(values: Values, count: int) -> Index:
+    """Return the positions of the `count` largest magnitudes, sorted; zeros are left out, lower positions win ties."""
+    if count <= 0 or not len(values):
         return np.zeros(0, np.int64)
-    threshold = np.partition(sizes, len(sizes) - count)[len(sizes) - count] if count < len(sizes) else np.float32(0)
+    if not fast():
+        return _largest(np.abs(values), count)
+    bits = values.view(np.uint32)
+    counts = _histogram(bits)
+    above = np.cumsum(counts[::-1])[::-1]  # magnitudes in a bin or above
+    enough = np.flatnonzero(above >= count)
+    lowest = int(enough[-1]) if len(enough) else 0
+    index = _collect(bits, np.uint32(lowest << 16), np.empty(int(above[lowest]), np.int64))
+    return index[_largest(np.abs(values[index]), count)]
+
+
+def _largest(sizes: Values, count: int) -> Index:
+    threshold = (
+        np.partition(sizes, len(sizes) - count)[len(sizes) - count] if count < len(sizes) else np.float32(0)
+    )
     if threshold == 0:
-        return np.flatnonzero(sizes)[:count]
-    if fast():
-        chosen = np.empty(count, np.int64)
-        _pick(sizes, threshold, count - int(np.count_nonzero(sizes > threshold)), chosen)
-        return chosen
-    above = np.flatnonzero(sizes > threshold)
-    ties = np.flatnonzero(sizes == threshold)[: count - len(above)]
-    return np.sort(np.concatenate((above, ties)))
+        return np.flatnonzero(sizes)
+    chosen = sizes > threshold
+    chosen[np.flatnonzero(sizes == threshold)[: count - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
 
 
 @jit
-def _pick(sizes: Values, threshold: np.float32, ties: int, chosen: Index) -> None:
-    found = 0
-    for at in range(len(sizes)):
-        if sizes[at] > threshold:
-            chosen[found] = at
-            found += 1
-        elif sizes[at] == threshold and ties > 0:
-            chosen[found] = at
-            found += 1
-            ties -= 1
+def _histogram(bits: NDArray[np.uint32]) -> NDArray[np.int64]:
+    counts = np.zeros(_BINS, np.int64)
+    for value in bits:
+        counts[(value & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
+    return counts
+
+
+@jit
+def _collect(bits: NDArray[np.uint32], least: np.uint32, found: Index) -> Index:
+    count = 0
+    for at in range(len(bits)):
+        if (bits[at] & np.uint32(0x7FFFFFFF)) >= least:
+            found[count] = at
+            count += 1
+    return found

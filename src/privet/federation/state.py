@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -12,6 +13,8 @@ from privet.errors import InputError, UsageError
 from privet.federation.schema import Values, finite
 
 Index = NDArray[np.int64]
+
+CHUNK = 1 << 20  # values that float32 adds up without losing much
 
 
 @dataclass(kw_only=True)
@@ -65,23 +68,28 @@ class SenderState:
         self.round, self.base = round, base
 
     def carry(self, update: Values) -> Values:
-        """Return update plus residual: what there is to tell."""
+        """Add the residual to an update, in place, and return it: what there is to tell.
+
+        Raises:
+            InputError: the sum is beyond float32.
+        """
         if self.residual is None:
             return update
+        size, limit = norm(self.residual), self.clip * norm(update)
         if self.residual.shape != update.shape or not finite(self.residual):
             self.residual = None  # another model, or damaged: as after a restart
             return update
         absent = 0 if self.sent is None else max(0, self.round - self.sent - self.patience)
         keep = self.decay**absent
-        size, limit = norm(self.residual), self.clip * norm(update)
         if keep * size > limit > 0:
             keep = limit / size
-        residual = self.residual if keep == 1 else self.residual * np.float32(keep)
         with np.errstate(over="ignore"):
-            total: Values = update + residual
-        if not finite(total):
-            return update
-        return total
+            update += self.residual if keep == 1 else self.residual * np.float32(keep)
+        if not finite(update):
+            raise InputError(
+                "Expected an update that is finite together with what earlier messages left out of theirs."
+            )
+        return update
 
     def settle(self, total: Values, index: Index | None, decoded: Values) -> None:
         """Keep what a message left of `total`: it told `decoded` at `index` (everywhere if None).
@@ -100,13 +108,9 @@ class SenderState:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the state as arrays, for a file or for Flower's context."""
-        found: dict[str, NDArray[Any]] = {
-            "numbers": np.array([self.round, self.base, -1 if self.sent is None else self.sent], np.int64)
-        }
-        for name, array in (("residual", self.residual), ("index", self._index), ("told", self._told)):
-            if array is not None:
-                found[name] = array
-        return found
+        numbers = np.array([self.round, self.base, -1 if self.sent is None else self.sent], np.int64)
+        held = {"numbers": numbers, "residual": self.residual, "index": self._index, "told": self._told}
+        return {name: array for name, array in held.items() if array is not None}
 
     def restore(self, arrays: dict[str, NDArray[Any]]) -> Self:
         """Go on from what `arrays` returned.
@@ -117,7 +121,10 @@ class SenderState:
         try:
             self.round, self.base, sent = (int(number) for number in arrays["numbers"])
             self.residual = _copy(arrays.get("residual"), np.float32)
-            self._index, self._told = _copy(arrays.get("index"), np.int64), _copy(arrays.get("told"), np.float32)
+            self._index, self._told = (
+                _copy(arrays.get("index"), np.int64),
+                _copy(arrays.get("told"), np.float32),
+            )
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"Expected the arrays of a sender's state: {error}.") from error
         self.sent = None if sent < 0 else sent
@@ -133,12 +140,11 @@ class SenderState:
 
 
 def norm(values: Values) -> float:
-    """Return the Euclidean norm, summed in float64 in pieces so that no float32 sum loses its tail."""
-    total = 0.0
-    for start in range(0, len(values), 1 << 16):
-        part = values[start : start + (1 << 16)]
-        total += float(np.dot(part, part))
-    return total**0.5
+    """Return the Euclidean norm; infinite where a square is beyond float32."""
+    with np.errstate(over="ignore"):
+        return math.sqrt(
+            sum(float(np.dot(part, part)) for part in np.split(values, range(CHUNK, len(values), CHUNK)))
+        )
 
 
 def _copy(array: NDArray[Any] | None, dtype: type[np.generic]) -> NDArray[Any] | None:

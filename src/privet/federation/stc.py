@@ -29,7 +29,9 @@ class STC(GlobalTop):
         mean = np.float32(np.abs(kept).mean(dtype=np.float64))
         negative = kept < 0
         data = mean.astype("<f4").tobytes() + np.packbits(negative).tobytes()
-        return {Section.RICE: write_gaps(index, schema), Section.VALUES: data}, np.where(negative, -mean, mean)
+        return {Section.RICE: write_gaps(index, schema), Section.VALUES: data}, np.where(
+            negative, -mean, mean
+        )
 
     @classmethod
     def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:

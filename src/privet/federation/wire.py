@@ -126,7 +126,9 @@ def frame_bytes(sections: Sections) -> int:
 def pack(header: Header, sections: Sections) -> bytes:
     """Return the message: header, table of sections, sections, CRC-32C of it all."""
     front = _HEADER.pack(MAGIC, VERSION, header.codec, header.schema, header.round, header.base)
-    table = bytes([len(sections)]) + b"".join(bytes([kind]) + varint(len(sections[kind])) for kind in sorted(sections))
+    table = bytes([len(sections)]) + b"".join(
+        bytes([kind]) + varint(len(sections[kind])) for kind in sorted(sections)
+    )
     data = front + table + b"".join(sections[kind] for kind in sorted(sections))
     return data + _CRC.pack(crc32c(data))
 
@@ -185,7 +187,13 @@ def crc32c(data: bytes) -> int:
             lanes = _TABLE[(lanes ^ parts[:, column]) & 255] ^ (lanes >> np.uint32(8))
         push = _zeros(length)
         for lane in lanes.tolist():
-            state = push[0][state & 255] ^ push[1][state >> 8 & 255] ^ push[2][state >> 16 & 255] ^ push[3][state >> 24] ^ lane
+            state = (
+                push[0][state & 255]
+                ^ push[1][state >> 8 & 255]
+                ^ push[2][state >> 16 & 255]
+                ^ push[3][state >> 24]
+                ^ lane
+            )
         data = data[length * _LANES :]
     for byte in data:
         state = table[(state ^ byte) & 255] ^ state >> 8
@@ -199,7 +207,8 @@ def _zeros(count: int) -> list[list[int]]:
         powers = _TABLE[powers & 255] ^ (powers >> np.uint32(8))
     bits = (np.arange(256)[:, None] >> np.arange(8)) & 1 == 1  # (bytes, bits)
     return [
-        np.bitwise_xor.reduce(np.where(bits, powers[None, 8 * part : 8 * part + 8], 0), axis=1).tolist() for part in range(4)
+        np.bitwise_xor.reduce(np.where(bits, powers[None, 8 * part : 8 * part + 8], 0), axis=1).tolist()
+        for part in range(4)
     ]
 
 
