@@ -2,11 +2,12 @@
 
     python benchmarks/fuzz_codec.py --cases 1000000
 
-Each case takes a good message of a small model and damages it: bytes changed, bits flipped, parts cut, repeated, swapped
-or filled with noise, sizes made huge. Nine in ten get the checksum that fits, so that the parts behind it are reached. A case
-fails if anything but CodecError comes out, if what is decoded is not a finite update of the model's shapes, if Numba
-and numpy disagree (on one case in a hundred), or if it takes longer than a second. Memory is watched: the process must
-not grow. Results go to benchmarks/results/fuzz-codec.json; a failing message is written beside it.
+Each case takes a good message of a small model and damages it: bytes changed, bits flipped, parts cut, repeated,
+swapped or filled with noise, sizes made huge. Nine in ten get the checksum that fits, so that the parts behind it are
+reached. A case fails if anything but CodecError comes out, warnings included, if what is decoded is not a finite
+update of the model's shapes, if Numba and numpy disagree (on one case in a hundred), or if it takes longer than a
+second. Memory is watched: the process must not grow. Results go to benchmarks/results/fuzz-codec.json; a failing
+message is written beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "fuzz-codec.json")
     arguments = parser.parse_args()
+    warnings.simplefilter("error")
     draws = np.random.default_rng(arguments.seed)
     schema, messages = corpus()
     for blob in messages.values():

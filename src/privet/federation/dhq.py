@@ -114,7 +114,7 @@ def _read_levels(data: bytes, count: int) -> tuple[list[Values], int, NDArray[np
         length = reader.byte("number of levels", most=MOST_LEVELS)
         exponent = read_exponent(reader)
         values = np.frombuffer(reader.take(2 * length, "levels"), "<f2").astype(np.float32)
-        if not length or not (values[0] > 0 and 1 <= values[-1] <= LARGEST and (np.diff(values) > 0).all()):
+        if not length or not (values[0] > 0 and 1 <= values[-1] <= LARGEST and (values[1:] > values[:-1]).all()):
             raise CodecError("Expected levels above 0 and ascending, the last from 1 up to 2.")
         books.append(np.ldexp(values, exponent))
         most = max(most, length)

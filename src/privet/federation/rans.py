@@ -158,7 +158,7 @@ def _decode_lanes(
         x = (
             table[c, symbol].astype(np.uint64) * (x >> np.uint64(SCALE))
             + slot.astype(np.uint64)
-            - starts[c, symbol]
+            - starts[c, symbol].astype(np.uint64)
         )
         low = np.flatnonzero(x < LOWEST)
         if used + len(low) > len(words):
