@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.federation.common import BOTH, Update, network, numba
 
 from privet.errors import CodecError, UsageError
-from privet.federation import DHQ, STC, DeadZone, Lloyd, MeanSplit, Schema, decode
+from privet.federation import DHQ, STC, DeadZone, Lloyd, MeanSplit, Schema, decode, inspect
 from privet.federation.context import read_context, write_context
 from privet.federation.quantise import fit
 from privet.federation.rans import (
@@ -35,11 +35,23 @@ def entropy(counts: np.ndarray) -> float:
 
 
 def independent_bits(blob: bytes, schema: Schema) -> float:
-    """Return the i.i.d. entropy of a message: positions at one density, signed levels of each codebook."""
-    values, _ = schema.flatten(decode(blob, schema))
-    kept = np.count_nonzero(values)
-    bits = entropy(np.array([kept, schema.size - kept]))
-    return bits + entropy(np.unique(values[values != 0], return_counts=True)[1])
+    found = inspect(blob, schema).independent
+    assert found is not None
+    return found
+
+
+def test_independent_bits_are_an_entropy() -> None:
+    update: Update = {
+        "w": (heavy(4000) * np.where(np.arange(4000) % 3, 1, -1)).astype(np.float32).reshape(40, 100)
+    }
+    schema = Schema.of(update)
+    blob = DHQ().encode(update, budget="20%")
+    told = decode(blob, schema)["w"].ravel()
+    kept = np.count_nonzero(told)
+    signed_levels = np.unique(told[told != 0], return_counts=True)[1]
+    assert independent_bits(blob, schema) == pytest.approx(
+        entropy(np.array([kept, 4000 - kept])) + entropy(signed_levels)
+    )
 
 
 def shuffled(size: int = 2_000_000) -> Update:

@@ -42,6 +42,8 @@ def inspect(blob: Path, /, *, model: Path | None = None) -> int:
             f"{part.bytes:>12,} B  {part.bytes / found.bytes:6.1%}{_each(part.bytes, found.values)}  {part.what}"
         )
     say(f"{found.bytes:>12,} B  {1:6.1%}{_each(found.bytes, found.values)}  in all")
+    if found.independent:
+        say(f"{found.bytes * 8 / found.independent:.3f} of what independent positions and levels would take")
     for tensor in found.tensors:
         say(
             f"{tensor.kept:>12,} of {tensor.size:,} ({tensor.kept / max(1, tensor.size):.2%}), largest "

@@ -49,7 +49,7 @@ class DHQ(SparseCodec):
         levels = np.empty(len(kept), np.uint8)
         told = np.empty(len(kept), np.float32)
         books = []
-        for group in _groups(index, schema):
+        for group in groups(index, schema):
             levels[group], values, exponent = fit(self.quantiser, np.abs(kept[group]))
             told[group] = np.ldexp(values, exponent)[levels[group]]
             books.append(bytes([len(values)]) + write_exponent(exponent) + values.astype("<f2").tobytes())
@@ -80,14 +80,14 @@ class DHQ(SparseCodec):
             index
         ):
             raise CodecError("Expected positions, levels and symbols.")
-        groups = list(_groups(index, schema))
-        books, rule, table = _read_levels(sections[Section.LEVELS], len(groups))
+        sharing = list(groups(index, schema))
+        books, rule, table = _read_levels(sections[Section.LEVELS], len(sharing))
         reader = Reader(sections[Section.SYMBOLS])
         fixed = np.where(_fresh(index, schema), 0, -1).astype(np.int8)
         symbols = read_rans(reader, fixed, _successor(rule, table.shape[1]), table)
         reader.end()
         told = np.empty(len(index), np.float32)
-        for group, values in zip(groups, books, strict=True):
+        for group, values in zip(sharing, books, strict=True):
             levels = symbols[group] >> 1
             if int(levels.max()) >= len(values):
                 raise CodecError("Expected no level beyond the tensor's last.")
@@ -114,7 +114,9 @@ def _read_levels(data: bytes, count: int) -> tuple[list[Values], int, NDArray[np
         length = reader.byte("number of levels", most=MOST_LEVELS)
         exponent = read_exponent(reader)
         values = np.frombuffer(reader.take(2 * length, "levels"), "<f2").astype(np.float32)
-        if not length or not (values[0] > 0 and 1 <= values[-1] <= LARGEST and (values[1:] > values[:-1]).all()):
+        if not length or not (
+            values[0] > 0 and 1 <= values[-1] <= LARGEST and (values[1:] > values[:-1]).all()
+        ):
             raise CodecError("Expected levels above 0 and ascending, the last from 1 up to 2.")
         books.append(np.ldexp(values, exponent))
         most = max(most, length)
@@ -125,7 +127,7 @@ def _read_levels(data: bytes, count: int) -> tuple[list[Values], int, NDArray[np
     return books, rule, frequencies(weights.reshape(contexts, 2 * most))
 
 
-def _groups(index: Index, schema: Schema) -> Iterator[Index]:
+def groups(index: Index, schema: Schema) -> Iterator[Index]:
     """Yield which of the kept values share levels: those of the tensors with few, then each other tensor's."""
     ends = np.searchsorted(index, schema.offsets)
     counts = np.diff(ends)

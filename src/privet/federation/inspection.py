@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from privet.federation.base import Decoded
+from privet.federation.dhq import DHQ, groups
 from privet.federation.message import codec_of, read
 from privet.federation.schema import Schema
 from privet.federation.wire import VERSION, Section, unpack
@@ -53,6 +56,8 @@ class Inspection:
         parts: its parts in order, which add up to `bytes`.
         values: number of values that were compressed; None without a schema, as all that follows.
         tensors: what it tells of each compressed tensor.
+        independent: bits that positions and signed levels would take if each were coded alone, ideally and at one
+            density for the whole model: what context saves is measured against it. None for codecs without levels.
     """
 
     codec: str
@@ -64,6 +69,7 @@ class Inspection:
     parts: tuple[Part, ...]
     values: int | None = None
     tensors: tuple[Kept, ...] = ()
+    independent: float | None = None
 
 
 def inspect(blob: bytes, schema: Schema | None = None) -> Inspection:
@@ -74,22 +80,41 @@ def inspect(blob: bytes, schema: Schema | None = None) -> Inspection:
     """
     header, sections = unpack(blob)
     frame = Part(what="header, table of parts, checksum", bytes=len(blob) - sum(map(len, sections.values())))
-    values, tensors = (None, ()) if schema is None else (schema.size, _tensors(blob, schema))
-    return Inspection(
-        codec=codec_of(header).name,
+    codec = codec_of(header)
+    found = Inspection(
+        codec=codec.name,
         version=VERSION,
         round=header.round,
         base=header.base,
         schema=header.schema.hex(),
         bytes=len(blob),
         parts=(frame, *(Part(what=WORDS[kind], bytes=len(body)) for kind, body in sections.items())),
-        values=values,
-        tensors=tensors,
     )
-
-
-def _tensors(blob: bytes, schema: Schema) -> tuple[Kept, ...]:
+    if schema is None:
+        return found
     _, decoded, _ = read(blob, schema)
+    independent = _independent(decoded, schema) if codec is DHQ else None
+    return replace(found, values=schema.size, tensors=_tensors(decoded, schema), independent=independent)
+
+
+def _independent(decoded: Decoded, schema: Schema) -> float:
+    if decoded.index is None or not len(decoded.index):
+        return 0.0
+    symbols = np.empty(len(decoded.index), np.int64)
+    for group in groups(decoded.index, schema):
+        levels = np.unique(np.abs(decoded.values[group]), return_inverse=True)[1]
+        symbols[group] = 2 * levels + (decoded.values[group] < 0)
+    kept = len(decoded.index)
+    return _entropy(np.array([kept, schema.size - kept])) + _entropy(np.bincount(symbols))
+
+
+def _entropy(counts: NDArray[np.int64]) -> float:
+    """Return the bits that symbols with these counts take, each coded alone and ideally."""
+    used = counts[counts > 0]
+    return float((used * np.log2(used.sum() / used)).sum())
+
+
+def _tensors(decoded: Decoded, schema: Schema) -> tuple[Kept, ...]:
     values = decoded.dense(schema.size)
     return tuple(
         Kept(
