@@ -181,8 +181,10 @@ def best(work: Callable[[], object]) -> float:
 
 def machine() -> dict[str, Any]:
     """Return what the speeds depend on."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
     cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
     return {
         "processor": cpu,
@@ -203,14 +205,15 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# Codecs on updates of real training",
         "",
-        "CIFAR-10, a client whose classes follow a Dirichlet distribution (0.3), SGD 0.05 in batches of 32; one message, "
-        "without an earlier residual. Bytes are the length of the whole message, with header, batch norm's statistics and "
-        "all; error is ‖u − decoded‖² / ‖u‖² of the compressed values. *Of entropy* is the message's size, without the "
-        "tensors that go as they are, against the i.i.d. entropy of its own positions and signed levels.",
+        "CIFAR-10, a client whose classes follow a Dirichlet distribution (0.3), SGD 0.05 in batches of 32; one "
+        "message, without an earlier residual. Bytes are the length of the whole message, with header, batch norm's "
+        "statistics and all; error is ‖u − decoded‖² / ‖u‖² of the compressed values. *Of entropy* is the message's "
+        "size, without the tensors that go as they are, against the i.i.d. entropy of its own positions and signed "
+        "levels.",
         "",
-        f"One core of {here['processor']} ({here['cores']} cores), Python {here['python']}, numpy {here['numpy']}, Numba "
-        f"{here['numba']}. Speed in MB of float32 model a second of *processor* time, the best of up to {REPEATS} runs, "
-        "with error feedback where the codec has it. Other jobs ran on the machine (load average "
+        f"One core of {here['processor']} ({here['cores']} cores), Python {here['python']}, numpy {here['numpy']}, "
+        f"Numba {here['numba']}. Speed in MB of float32 model a second of *processor* time, the best of up to "
+        f"{REPEATS} runs, with error feedback where the codec has it. Other jobs ran on the machine (load average "
         f"{before} before, {after} after).",
     ]
     for name, entry in found["networks"].items():
@@ -219,11 +222,12 @@ def table(found: dict[str, Any]) -> str:
             f"## {name}: {entry['values']:,} values, {entry['compressed values']:,} of them compressed",
             "",
             f"Server's model: {entry['recipe']}. Shuffled, DHQ at 1 % takes "
-            f"{entry['shuffled']['of independent entropy']:.3f} of the entropy; the fourth message when the same update "
-            f"comes four times, with error feedback, {entry['fourth message']['bytes']:,} bytes and "
+            f"{entry['shuffled']['of independent entropy']:.3f} of the entropy; the fourth message when the same "
+            f"update comes four times, with error feedback, {entry['fourth message']['bytes']:,} bytes and "
             f"{entry['fourth message']['of independent entropy']:.3f} of it.",
             "",
-            "| codec | budget | bytes | bits a value | times smaller | error | of entropy | encode MB/s | decode MB/s |",
+            "| codec | budget | bytes | bits a value | times smaller | error | of entropy | encode MB/s "
+            "| decode MB/s |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in entry["rows"]:

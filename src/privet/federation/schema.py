@@ -56,7 +56,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Schema:
-    """The arrays of a model in order. It is agreed on once and never sent; each message carries its hash."""
+    """The arrays of a model, sorted by name. It is agreed on once and never sent; each message carries its hash."""
 
     tensors: tuple[Tensor, ...]
 
@@ -71,7 +71,7 @@ class Schema:
             InputError: an array whose dtype has no place in a message.
         """
         tensors = []
-        for name, array in update.items():
+        for name, array in sorted(update.items()):
             kind = np.asarray(array).dtype.name
             if kind not in FLOATS + INTEGERS:
                 raise InputError(f"Expected {name} as one of {', '.join(FLOATS + INTEGERS)}, got {kind}.")
@@ -116,10 +116,10 @@ class Schema:
         Raises:
             InputError: names, shapes or dtypes are others, or a value is not finite.
         """
-        if list(update) != [tensor.name for tensor in self.tensors]:
+        if update.keys() != {tensor.name for tensor in self.tensors}:
             raise InputError(
                 f"Expected an update of {', '.join(tensor.name for tensor in self.tensors) or 'nothing'}, got "
-                f"{', '.join(update) or 'nothing'}."
+                f"{', '.join(sorted(update)) or 'nothing'}."
             )
         values = np.empty(self.size, np.float32)
         parts = iter(self.parts(values))
