@@ -54,9 +54,9 @@ def main() -> int:
     for case in range(arguments.cases):
         name = names[case % len(names)]
         blob = damaged(messages[name], messages[names[int(draws.integers(len(names)))]], draws)
-        begun = time.perf_counter()
+        begun = time.process_time()
         outcome = tried(blob, schema)
-        slowest = max(slowest, time.perf_counter() - begun)
+        slowest = max(slowest, time.process_time() - begun)
         if case % TWICE == 0 and not outcome.startswith("failed"):
             module._state["fast"] = False
             if tried(blob, schema) != outcome:
@@ -78,7 +78,7 @@ def main() -> int:
             "cases": arguments.cases,
             "seed": arguments.seed,
             "outcomes": {name: dict(sorted(counter.items())) for name, counter in outcomes.items()},
-            "slowest case in milliseconds": round(1000 * slowest, 1),
+            "slowest case in milliseconds of processor time": round(1000 * slowest, 1),
             "memory before and after in MiB": [before, _memory()],
             "values in the model": schema.size,
             "seconds": round(time.perf_counter() - started),

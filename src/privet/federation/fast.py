@@ -25,5 +25,8 @@ def jit(function: Function) -> Function:
     """Compile a loop with Numba when it is first called; without Numba leave it, to be never called."""
     if numba is None:
         return function
-    compiled: Function = numba.njit(cache=True, nogil=True)(function)
+    try:
+        compiled: Function = numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # nowhere to keep what was compiled
+        compiled = numba.njit(nogil=True)(function)
     return compiled

@@ -13,6 +13,9 @@ from privet.federation.rice import Numbers, pack, read_unary, unpack_from, write
 from privet.federation.schema import Schema, Values
 from privet.federation.wire import Reader, Section, Sections, varint
 
+MOST_LEVELS = 1 << 10  # with these bounds three bytes a value are always enough
+LEAST_BUCKET, MOST_BUCKET = 64, 1 << 20
+
 
 @dataclass(frozen=True)
 class QSGD(Codec):
@@ -33,9 +36,10 @@ class QSGD(Codec):
     number = 4
 
     def __post_init__(self) -> None:
-        if not (1 <= self.levels <= 2**15 and 1 <= self.bucket <= 2**20):
+        if not (1 <= self.levels <= MOST_LEVELS and LEAST_BUCKET <= self.bucket <= MOST_BUCKET):
             raise UsageError(
-                f"Expected 1 to 32768 levels and buckets of 1 to 1048576, got {self.levels} and {self.bucket}."
+                f"Expected 1 to {MOST_LEVELS} levels and buckets of {LEAST_BUCKET} to {MOST_BUCKET}, got {self.levels} "
+                f"and {self.bucket}."
             )
 
     def _compress(self, values: Values, schema: Schema, seed: int) -> tuple[Sections, Decoded]:
@@ -59,10 +63,10 @@ class QSGD(Codec):
         reader = values_only(sections, schema)
         if not schema.size:
             return Decoded(np.zeros(0, np.float32))
-        levels = reader.varint("levels", most=2**15)
-        bucket = reader.varint("bucket", most=2**20)
-        if not levels or not bucket:
-            raise CodecError("Expected at least one level and one value a bucket.")
+        levels = reader.varint("levels", most=MOST_LEVELS)
+        bucket = reader.varint("bucket", most=MOST_BUCKET)
+        if levels < 1 or bucket < LEAST_BUCKET:
+            raise CodecError(f"Expected at least one level and {LEAST_BUCKET} values a bucket.")
         norms = np.frombuffer(reader.take(4 * -(-schema.size // bucket), "norms"), "<f4")
         if not np.isfinite(norms).all() or np.signbit(norms).any():
             raise CodecError("Expected finite norms of 0 or more.")
