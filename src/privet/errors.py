@@ -47,6 +47,12 @@ class OutputError(PrivetError):
     exit_code = 7
 
 
+class CodecError(PrivetError):
+    """Bytes that are no message of this schema: damaged, truncated, hostile, or made for another model."""
+
+    exit_code = 8
+
+
 # Exit codes that belong to no exception.
 OK = 0
 PARTIAL = 4  # finished, but some inputs were skipped; the manifest says which and why
@@ -61,5 +67,6 @@ EXIT_CODES = {
     BudgetError.exit_code: "A perturbation left its budget and was not published; please report it.",
     MissingExtraError.exit_code: "An optional package is missing; the message says how to install it.",
     OutputError.exit_code: "The output cannot be written; the message says why.",
+    CodecError.exit_code: "A federated message is damaged, or was made for another model.",
     INTERRUPTED: "Interrupted. The same command goes on where it stopped.",
 }

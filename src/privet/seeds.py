@@ -7,8 +7,10 @@ draws the same numbers as one that was never killed, and so does any number of w
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # codecs need seeds and no torch
+    import torch
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -19,4 +21,6 @@ def derive(seed: int, *purpose: str | int) -> int:
 
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a generator on `device`, seeded for this purpose."""
+    import torch
+
     return torch.Generator(device).manual_seed(derive(seed, *purpose))

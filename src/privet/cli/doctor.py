@@ -15,6 +15,7 @@ from privet.errors import OK, MissingExtraError
 
 EXTRAS = {
     "timm": ("timm", "networks by timm's names"),
+    "numba": ("federation", "compiled codecs of federated updates"),
     "sklearn": ("demo", "the demonstration's images"),
 }
 

@@ -1,0 +1,94 @@
+"""What codecs share that send the largest values and leave the rest for later."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import numpy as np
+
+from privet.errors import CodecError
+from privet.federation.base import Codec, Decoded
+from privet.federation.budget import Budget
+from privet.federation.rice import read_rice, write_rice
+from privet.federation.schema import Schema, Values
+from privet.federation.selection import Index, select
+from privet.federation.wire import Reader, Sections, frame_bytes, varint
+
+USUAL = Budget(fraction=0.01)
+TRIALS = 12  # of a count that fills a budget of bytes
+
+
+class SparseCodec(Codec):
+    """A codec that sends the values at some positions; it implements `_write` and `_decompress`."""
+
+    feedback = True
+
+    def _fitting(
+        self, values: Values, schema: Schema, budget: Budget | None, others: Sections, seed: int
+    ) -> tuple[Sections, Decoded]:
+        budget = budget or USUAL
+        if budget.bytes is None:
+            assert budget.fraction is not None
+            return self._keep(values, schema, max(1, math.ceil(budget.fraction * schema.size - 1e-9)))
+        best: tuple[Sections, Decoded] = {}, Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
+        fits, fails = 0, schema.size + 1
+        count = max(1, min(schema.size, (budget.bytes - frame_bytes(others)) * 8 // 10))
+        for _ in range(TRIALS):
+            sections, decoded = self._keep(values, schema, count)
+            size = frame_bytes(others | sections)
+            if size <= budget.bytes:
+                fits, best = count, (sections, decoded)
+                if size >= 0.995 * budget.bytes or (decoded.index is not None and len(decoded.index) < count):
+                    break
+            else:
+                fails = count
+            if fails - fits <= 1:
+                break
+            count = min(max(int(count * budget.bytes * 0.998 / size), fits + 1), fails - 1)
+        return best
+
+    def _compress(self, values: Values, schema: Schema, seed: int) -> tuple[Sections, Decoded]:
+        return self._fitting(values, schema, None, {}, seed)
+
+    def _keep(self, values: Values, schema: Schema, count: int) -> tuple[Sections, Decoded]:
+        index = self._select(values, schema, count)
+        if not len(index):
+            return {}, Decoded(np.zeros(0, np.float32), index)
+        sections, told = self._write(values[index], index, schema)
+        return sections, Decoded(told, index)
+
+    def _select(self, values: Values, schema: Schema, count: int) -> Index:
+        return select(values, schema, count)
+
+    @abstractmethod
+    def _write(self, kept: Values, index: Index, schema: Schema) -> tuple[Sections, Values]:
+        """Return the sections of values at these positions, and what the values are decoded to."""
+
+
+def write_gaps(index: Index, schema: Schema) -> bytes:
+    """Return positions as each tensor's count and its gaps by Rice's code."""
+    ends = np.searchsorted(index, schema.offsets)
+    counts = np.diff(ends)
+    first = np.repeat(np.array(schema.offsets[:-1]), counts)
+    gaps = np.diff(index, prepend=-1) - 1
+    starts = ends[:-1][counts > 0]
+    gaps[starts] = index[starts] - first[starts]
+    return b"".join(varint(count) for count in counts.tolist()) + write_rice(gaps, counts.tolist())
+
+
+def read_gaps(reader: Reader, schema: Schema) -> Index:
+    """Return the positions.
+
+    Raises:
+        CodecError: one of them lies outside its tensor.
+    """
+    counts = [reader.varint(f"positions of {tensor.name}", most=tensor.size) for tensor in schema.compressed]
+    gaps = np.split(read_rice(reader, counts, schema.size, "positions"), np.cumsum(counts)[:-1])
+    parts = []
+    for tensor, start, group in zip(schema.compressed, schema.offsets, gaps, strict=False):
+        index = start + np.cumsum(group + 1) - 1
+        if len(index) and index[-1] >= start + tensor.size:
+            raise CodecError(f"Expected positions inside {tensor.name}, got one past its end.")
+        parts.append(index)
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
