@@ -25,6 +25,7 @@ from privet.models.blocks import conv_bn
 SMALL = (
     *("resnet8", "resnet10-w8", "resnet18-w8", "resnet50-w4", "resnet18-imagenet-w8"),
     *("vgg11-w8", "vgg16-w4", "densenet22", "mobilenetv2-w8", "vit-w32", "cnn"),
+    *("lenet", "lenet-sigmoid", "resnet8-sigmoid", "resnet18-sigmoid-w8"),
 )
 
 
@@ -52,7 +53,9 @@ def test_published_sizes() -> None:
     def count(name: str, classes: int = 10, size: tuple[int, int] = (32, 32)) -> int:
         return sum(weight.numel() for weight in create_model(name, classes=classes, size=size).parameters())
 
-    assert count("resnet18") == 11_173_962
+    assert count("resnet18") == count("resnet18-sigmoid") == 11_173_962
+    assert count("lenet-sigmoid") == 62_006
+    assert count("lenet-sigmoid", 100) == 69_656
     assert count("resnet18-imagenet", 1000, (224, 224)) == 11_689_512
     assert count("resnet50-imagenet", 1000, (224, 224)) == 25_557_032
     assert count("densenet121", 1000, (224, 224)) == 7_978_856
