@@ -34,6 +34,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Up to this side a DenseNet or MobileNetV2 keeps the full resolution in its stem.
 THUMBNAIL = 64
 
+LENETS = ("lenet", "lenet-strided")
 # Behind a name: sigmoids in place of ReLUs, as inversions of gradients are mostly tried on.
 SIGMOID = "-sigmoid"
 
@@ -45,8 +46,8 @@ ARCHITECTURES: tuple[str, ...] = (
     "mobilenetv2",
     "vit",
     "cnn",
-    "lenet",
-    *(f"{name}{SIGMOID}" for name in ("lenet", "resnet8", "resnet20", "resnet18")),
+    *LENETS,
+    *(f"{name}{SIGMOID}" for name in (*LENETS, "resnet8", "resnet20", "resnet18")),
 )
 
 
@@ -78,8 +79,8 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
         base = base.removesuffix(SIGMOID)
         if base in resnet.DEPTHS:
             network = resnet.build(base, classes=classes, width=width, stem=stem, activation=activation)
-        elif base == "lenet":
-            network = lenet.build(size=size, classes=classes, width=width, activation=activation)
+        elif base in LENETS:
+            network = lenet.build(base, size=size, classes=classes, width=width, activation=activation)
         elif base in vgg.DEPTHS:
             network = vgg.build(base, classes=classes, width=width)
         elif base == "cnn":

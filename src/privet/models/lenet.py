@@ -41,6 +41,36 @@ class LeNet(nn.Module):
         return self.fc(x)  # type: ignore[no-any-return]
 
 
-def build(*, size: tuple[int, int], classes: int, width: int | None, activation: Activation) -> LeNet:
-    """Build the network for images of this size; `width` is that of its first convolution (6)."""
+class StridedLeNet(nn.Module):
+    """Three 5x5 convolutions, the first two with stride 2, and one linear layer.
+
+    With sigmoids, and weights uniform in ±0.5, the target of DLG (Zhu et al., arXiv 1906.08935). There
+    is no pooling, so its gradient is smooth in the image, and attacks on it go much further.
+    """
+
+    def __init__(self, *, size: tuple[int, int], classes: int, width: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+        inputs = (3, width, width)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, width, 5, stride, padding=2)
+            for channels, stride in zip(inputs, (2, 2, 1), strict=True)
+        )
+        height, across = (-(-side // 4) for side in size)
+        self.fc = nn.Linear(width * height * across, classes)
+        if activation is F.sigmoid:
+            uniform(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = self.activation(conv(x))
+        return self.fc(x.flatten(1))  # type: ignore[no-any-return]
+
+
+def build(
+    name: str, *, size: tuple[int, int], classes: int, width: int | None, activation: Activation
+) -> LeNet | StridedLeNet:
+    """Build the network for images of this size; `width` is that of its first convolution (6 or 12)."""
+    if name == "lenet-strided":
+        return StridedLeNet(size=size, classes=classes, width=width or 12, activation=activation)
     return LeNet(size=size, classes=classes, width=width or 6, activation=activation)
