@@ -146,7 +146,9 @@ class Inversion(ABC):
             labels = [known[victim] for victim, _ in padded]
             problem = Problem(
                 client=Client.of(chosen, network, device=runtime.device, dtype=dtype),
-                evidence=Evidence.of(chosen, aware=self.aware, device=runtime.device, dtype=dtype),
+                evidence=Evidence.of(
+                    chosen, aware=self.aware, balanced=self._balanced, device=runtime.device, dtype=dtype
+                ),
                 known=None
                 if any(one is None for one in labels)
                 else torch.stack([one for one in labels if one is not None]).to(runtime.device),
@@ -162,6 +164,11 @@ class Inversion(ABC):
             report(self.steps)
         groups = [found[i : i + self.restarts] for i in range(0, len(found), self.restarts)]
         return [_choose(group) for group in groups]
+
+    @property
+    def _balanced(self) -> bool:
+        """Whether every tensor counts, however small, not every value."""
+        return False
 
     @abstractmethod
     def _solve(self, problem: Problem, report: Callable[[int], None]) -> Solved:

@@ -12,13 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from privet.leakage.base import Inversion
-from privet.leakage.problem import FAILED, Problem, Solved
+from privet.leakage.problem import CONVERGED, FAILED, HUGE, POINTS, Problem, Solved
 
 EXPLODED = 1e6  # times a member's first distance
-CONVERGED = {torch.float32: 1e-11, torch.float64: 1e-22}  # relative distances that rounding leaves
 CHECK = 25  # steps between looks at who is done
-POINTS = 50  # of a history
-HUGE = 1e30  # stands for infinity in a history
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +61,10 @@ class Descent(Inversion):
     def _project(self, variables: dict[str, Tensor]) -> None:
         """Bring the variables back into their range, in place."""
 
+    def _refine(self, problem: Problem, solved: Solved) -> Solved:
+        """Return something better than what the loop found, if the method knows how."""
+        return solved
+
     @property
     def _keeps_last(self) -> bool:
         """Whether the last iterate counts, not the one with the least distance."""
@@ -71,6 +72,7 @@ class Descent(Inversion):
 
     @final
     def _solve(self, problem: Problem, report: Callable[[int], None]) -> Solved:
+        whole = problem
         variables = {name: value.requires_grad_() for name, value in self._start(problem).items()}
         constants = self._constants(problem)
         optimizer = self._optimizer(variables.values())
@@ -101,7 +103,7 @@ class Descent(Inversion):
                 optimizer = _carry(optimizer, self._optimizer(variables.values()), kept)
             report(step)
         assert ledger is not None
-        return ledger.solved(self.steps)
+        return self._refine(whole, ledger.solved(self.steps))
 
 
 class _Ledger:

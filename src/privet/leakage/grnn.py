@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from privet.errors import UsageError
 from privet.leakage.descent import Descent
-from privet.leakage.problem import Problem
+from privet.leakage.pixels import search_pixels
+from privet.leakage.problem import FAILED, Problem, Solved
 from privet.leakage.regularise import smoothness, squared_variation
 
 NOISE = 128  # numbers that each image starts from
@@ -31,12 +32,20 @@ class GRNN(Descent):
     so that the client's gradient comes out: S, the squared distance to what was sent, plus the
     "Wasserstein" term, which is sqrt(S) as released, plus squared total variation.
 
-    Deviations, which the preset "faithful" takes back: S is relative to the gradient's own size, so that
-    settings mean the same for every network; the generator has half the width (as good, and cheaper);
-    the learning rate falls along a cosine; labels are inferred first; the iterate with the least S is kept, not
-    the last; under noise the smoothing grows with it, the second term goes, and the search stops where
-    the noise explains what is left. In either preset sqrt(S) is smoothed at 0, and sides that are no power of two are
-    cut out of the next larger one.
+    Deviations, which the preset "faithful" takes back:
+
+    - S is relative to the gradient's own size, and each layer weighs the inverse of its gradient's length,
+      so settings mean the same for every network and small layers count;
+    - the generator has half the width: as good, and cheaper;
+    - the learning rate falls along a cosine;
+    - labels are inferred first;
+    - the iterate with the least S is kept, not the last;
+    - at the end the pixels themselves are moved, by L-BFGS, which goes far where the network is smooth;
+    - under noise the smoothing grows with it, sqrt(S) goes, and the search stops where the noise explains
+      what is left.
+
+    In either, sqrt(S) is smoothed at 0, and sides that are no power of two are cut out of the next
+    larger one.
 
     Attributes:
         width: channels of the last block; 32 in the code.
@@ -44,16 +53,20 @@ class GRNN(Descent):
         schedule: "cosine" or "constant".
         smoothing: weight of the squared total variation.
         relative: whether S is relative; else it is absolute, as released.
+        balanced: whether a layer weighs the inverse of its gradient's length.
         keep: "best" or "last" iterate.
+        polish: line searches over the pixels at the end; none under noise.
     """
 
-    steps: int = 2000
+    steps: int = 1000
     width: int = 16
     learning_rate: float = 1e-4
     schedule: str = "cosine"
     smoothing: float = 1e-4
     relative: bool = True
+    balanced: bool = True
     keep: str = "best"
+    polish: int = 300
 
     name: ClassVar[str] = "grnn"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -64,7 +77,9 @@ class GRNN(Descent):
             "schedule": "constant",
             "smoothing": 1e-3,
             "relative": False,
+            "balanced": False,
             "keep": "last",
+            "polish": 0,
             "labels": "joint",
             "aware": False,
         },
@@ -124,6 +139,29 @@ class GRNN(Descent):
         if self.schedule == "constant":
             return self.learning_rate
         return self.learning_rate * (0.01 + 0.5 * (1 + math.cos(math.pi * done)))
+
+    def _refine(self, problem: Problem, solved: Solved) -> Solved:
+        floor = self._floor(problem)
+        if not self.polish or bool((floor > 0).any()):
+            return solved
+        start = {"x": solved.x}
+        if problem.known is None:
+            start["logits"] = solved.y.clamp_min(EPSILON).log()
+        better = search_pixels(
+            problem, start, distance=self._distance, floor=floor, steps=self.polish, report=lambda _: None
+        )
+        rows = zip(solved.ends, better.ends, strict=True)
+        return Solved(
+            x=better.x,
+            y=better.y,
+            steps=[before + more for before, more in zip(solved.steps, better.steps, strict=True)],
+            ends=[before if before.startswith(FAILED) else end for before, end in rows],
+            history=[*solved.history, *((self.steps + step, row) for step, row in better.history[1:])],
+        )
+
+    @property
+    def _balanced(self) -> bool:
+        return self.balanced
 
     @property
     def _keeps_last(self) -> bool:

@@ -9,7 +9,7 @@ distance to those intervals; a naive one takes what arrived for the truth.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -35,6 +35,7 @@ class Evidence:
         energy: (members,), the distance of a gradient of zero: the unit of relative distances.
         temperature: (members,), what minus the log-likelihood is to be multiplied with to give the distance.
         equations: values that were sent; the most of all members.
+        weights: of each tensor's share in the distance, (members,), or none if all weigh the same.
     """
 
     low: Tensors
@@ -45,10 +46,23 @@ class Evidence:
     energy: Tensor
     temperature: Tensor
     equations: int
+    weights: Tensors
 
     @classmethod
-    def of(cls, updates: Sequence[Update], *, aware: bool, device: torch.device, dtype: torch.dtype) -> Self:
-        """Read the updates; if not `aware`, as if nothing had been done to them."""
+    def of(
+        cls,
+        updates: Sequence[Update],
+        *,
+        aware: bool,
+        balanced: bool = False,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Read the updates; if not `aware`, as if nothing had been done to them.
+
+        If `balanced`, a tensor weighs the inverse of its own length, so that large layers do not drown
+        small ones; not under noise, where that would take the noise of small ones for news.
+        """
         read: list[tuple[Tensors, Treatment]] = []
         for update in updates:
             values, treatment = update.as_gradient()
@@ -69,10 +83,13 @@ class Evidence:
             energy=torch.ones_like(scale),
             temperature=torch.where(laplace, scale, 2 * scale.square()),
             equations=int(told.max()),
+            weights={},
         )
         nothing = {name: torch.zeros_like(value) for name, value in low.items()}
+        if balanced and not bool(scale.any()):
+            evidence = replace(evidence, weights=evidence._balance(nothing))
         energy = evidence.distance(nothing).clamp_min(torch.finfo(dtype).tiny)
-        return cls(**{**vars(evidence), "energy": energy})
+        return replace(evidence, energy=energy)
 
     def subset(self, kept: Tensor) -> Evidence:
         """Return the evidence of these members."""
@@ -87,6 +104,7 @@ class Evidence:
             energy=self.energy[kept],
             temperature=self.temperature[kept],
             equations=self.equations,
+            weights={name: value[kept] for name, value in self.weights.items()},
         )
 
     def distance(self, gradient: Tensors) -> Tensor:
@@ -102,7 +120,7 @@ class Evidence:
             squares = rest.square().flatten(1).sum(1)
             if bool(self.laplace.any()):
                 squares = torch.where(self.laplace, rest.abs().flatten(1).sum(1), squares)
-            total = total + squares
+            total = total + squares * self.weights.get(name, 1.0)
         return total
 
     def cosine(self, gradient: Tensors) -> Tensor:
@@ -116,6 +134,13 @@ class Evidence:
             other = other + nearest.square().flatten(1).sum(1)
         tiny = torch.finfo(length.dtype).tiny
         return 1 - product / (length.clamp_min(tiny) * other.clamp_min(tiny)).sqrt()
+
+    def _balance(self, nothing: Tensors) -> Tensors:
+        lengths = {
+            name: (value - self._nearest(name, value)).square().flatten(1).sum(1).sqrt()
+            for name, value in nothing.items()
+        }
+        return {name: torch.where(length > 0, 1 / length, 0.0) for name, length in lengths.items()}
 
     def _nearest(self, name: str, value: Tensor) -> Tensor:
         """Return what the intervals hold that is nearest to `value`, as a constant."""

@@ -14,6 +14,9 @@ from privet.leakage.objective import Evidence
 from privet.learning.update import Update
 from privet.seeds import generator
 
+CONVERGED = {torch.float32: 1e-11, torch.float64: 1e-22}  # relative distances that rounding leaves
+POINTS = 50  # of a history
+HUGE = 1e30  # stands for infinity in a history
 # What a member's end begins with if it came to numbers that are not finite.
 FAILED = "failed: "
 
