@@ -65,7 +65,11 @@ def test_the_example_in_the_docstring(tmp_path: Path, monkeypatch: pytest.Monkey
         "model": create_model("lenet-sigmoid", classes=10, size=(32, 32)),
         "images": torch.rand(2, 3, 32, 32),
         "labels": torch.tensor([1, 2]),
-        **{"F": F, "torch": torch, "Update": Update, "save_update": save_update, "Path": Path},
+        "F": F,
+        "torch": torch,
+        "Update": Update,
+        "save_update": save_update,
+        "Path": Path,
     }
     exec("\n".join(lines), scope)
     assert load_update(tmp_path / "update").batch_size == 2

@@ -207,7 +207,7 @@ class Inversion(ABC):
                     floor=floors[i],
                     end=end,
                     steps=solved.steps[i],
-                    history=tuple((step, row[i]) for step, row in solved.history),
+                    history=tuple((step, row[i]) for step, row in solved.history if step <= solved.steps[i]),
                     equations=problem.evidence.equations,
                     unknowns=x[i].numel() + (y[i].numel() if problem.known is None else 0),
                 )

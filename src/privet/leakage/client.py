@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from privet.errors import UsageError
 from privet.learning.update import Update, short
@@ -111,7 +112,8 @@ class Client:
             x: pixels in [0, 1], (members, images, channels, height, width).
             y: probabilities of the classes, (members, images, classes).
         """
-        found = vmap(self._one)(self.parameters, self.buffers, x, y)
+        with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
+            found = vmap(self._one)(self.parameters, self.buffers, x, y)
         return {name: found[full] for name, full in self.sent.items()}
 
     def logits(self, x: Tensor) -> Tensor:
@@ -120,7 +122,8 @@ class Client:
         def one(parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
             return functional_call(self.module, {**parameters, **buffers}, (self._input(x),))  # type: ignore[no-any-return]
 
-        return vmap(one)(self.parameters, self.buffers, x)
+        with sdpa_kernel(SDPBackend.MATH):
+            return vmap(one)(self.parameters, self.buffers, x)
 
     def _input(self, x: Tensor) -> Tensor:
         return x.expand(-1, self.update.channels, -1, -1)

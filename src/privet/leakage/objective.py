@@ -88,8 +88,8 @@ class Evidence:
         nothing = {name: torch.zeros_like(value) for name, value in low.items()}
         if balanced and not bool(scale.any()):
             evidence = replace(evidence, weights=evidence._balance(nothing))
-        energy = evidence.distance(nothing).clamp_min(torch.finfo(dtype).tiny)
-        return replace(evidence, energy=energy)
+        energy = evidence.distance(nothing)  # signs say nothing of size: zero fits them all
+        return replace(evidence, energy=torch.where(energy > 0, energy, 1.0))
 
     def subset(self, kept: Tensor) -> Evidence:
         """Return the evidence of these members."""
@@ -143,10 +143,10 @@ class Evidence:
         return {name: torch.where(length > 0, 1 / length, 0.0) for name, length in lengths.items()}
 
     def _nearest(self, name: str, value: Tensor) -> Tensor:
-        """Return what the intervals hold that is nearest to `value`, as a constant."""
+        """Return what the intervals hold that is nearest to `value`."""
         if self.high is self.low:
             return self.low[name]
-        return torch.clamp(value.detach(), self.low[name], self.high[name])
+        return torch.clamp(value, self.low[name], self.high[name])
 
     def _scaled(self, gradient: Tensors) -> Tensors:
         """Scale the gradients of clipped members to fit best: nobody knows by how much they were clipped."""
@@ -170,19 +170,25 @@ def _intervals(values: Tensors, treatment: Treatment) -> tuple[Tensors, Tensors]
     """Return the least and the most that each value can have been before it was rounded or dropped."""
     if not (treatment.sparse or treatment.sign or treatment.steps):
         return values, values
-    sizes = [value[value != 0].abs().min() for value in values.values() if bool((value != 0).any())]
-    smallest = torch.stack(sizes).min() if sizes else torch.tensor(torch.inf)
+    halves = {
+        name: treatment.steps.get(name, 0.0) * (1.0 if treatment.stochastic else 0.5) for name in values
+    }
+    sizes = [
+        float(value[value != 0].abs().min()) + halves[name]
+        for name, value in values.items()
+        if bool((value != 0).any())
+    ]
+    smallest = min(sizes, default=torch.inf)  # of what was kept, before rounding: nothing dropped is larger
     low, high = {}, {}
     for name, value in values.items():
         if treatment.sign:
             low[name] = torch.where(value > 0, 0.0, -torch.inf)
             high[name] = torch.where(value < 0, 0.0, torch.inf)
             continue
-        half = treatment.steps.get(name, 0.0) * (1.0 if treatment.stochastic else 0.5)
-        low[name], high[name] = value - half, value + half
+        low[name], high[name] = value - halves[name], value + halves[name]
         if treatment.sparse:
             dropped = value == 0
-            bound = (smallest + half).to(value)
+            bound = max(smallest, halves[name])
             low[name] = torch.where(dropped, -bound, low[name])
             high[name] = torch.where(dropped, bound, high[name])
     return low, high
