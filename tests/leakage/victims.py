@@ -20,7 +20,9 @@ def blocks(count: int, *, side: int = 16, grey: bool = False, classes: int = 3) 
     channels = 1 if grey else 3
     colours = torch.randint(0, 256, (count, channels, 2, 2), generator=generator(0, "blocks"))
     pixels = colours.repeat_interleave(side // 2, 2).repeat_interleave(side // 2, 3).to(torch.uint8)
-    return ImageSet.from_arrays(pixels, torch.arange(count) % classes)
+    labels = torch.arange(count) % classes
+    names = [f"{label}/{index:04d}" for index, label in enumerate(labels.tolist())]
+    return ImageSet.from_arrays(pixels, labels, names=names)
 
 
 def victims(
