@@ -149,7 +149,7 @@ def said_to_be_noisy(update: Update) -> Update:
 
 def test_members_that_are_done_leave_the_others_alone(runtime: Runtime) -> None:
     """A noisy member ends early and is taken out of the stack; the others go on to the same bytes."""
-    inversion = GRNN(steps=60, polish=0, balanced=False)
+    inversion = GRNN(steps=60, polish=10)
     plain, other = updates(2)
     noisy = said_to_be_noisy(plain)
     together = inversion.invert([plain, noisy, other], runtime=runtime)

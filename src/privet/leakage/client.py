@@ -60,8 +60,8 @@ class Client:
         first = updates[0]
         if any(_shape(update) != _shape(first) for update in updates):
             raise UsageError(
-                "These updates differ in architecture, size, batch, steps or in what was sent; attack those "
-                "that are alike together."
+                "These updates differ in architecture, size, batch, steps, in what was sent or in whether labels "
+                "are known; attack those that are alike together."
             )
         module = copy.deepcopy(network).to(device, dtype).train(first.mode == "train")
         for part in module.modules():
@@ -152,5 +152,6 @@ def _shape(update: Update) -> tuple[object, ...]:
         (update.architecture, update.classes, update.size, update.channels, update.grey, update.mode),
         (update.batch_size, update.images, update.local_steps, update.learning_rate),
         {name: tensor.shape for name, tensor in update.weights.items()},
-        set(update.values),
+        {name: tensor.dtype for name, tensor in update.values.items()},
+        update.labels is None,
     )

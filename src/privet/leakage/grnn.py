@@ -141,21 +141,29 @@ class GRNN(Descent):
         return self.learning_rate * (0.01 + 0.5 * (1 + math.cos(math.pi * done)))
 
     def _refine(self, problem: Problem, solved: Solved) -> Solved:
-        floor = self._floor(problem)
-        if not self.polish or bool((floor > 0).any()):
+        noisy = problem.evidence.temperature > 0
+        if not self.polish or bool(noisy.all()):
             return solved
         start = {"x": solved.x}
         if problem.known is None:
             start["logits"] = solved.y.clamp_min(EPSILON).log()
         better = search_pixels(
-            problem, start, distance=self._distance, floor=floor, steps=self.polish, report=lambda _: None
+            problem,
+            start,
+            distance=self._distance,
+            floor=self._floor(problem),
+            steps=self.polish,
+            report=lambda _: None,
+            idle=noisy,
         )
-        rows = zip(solved.ends, better.ends, strict=True)
+        kept = [
+            before.startswith(FAILED) or one for before, one in zip(solved.ends, noisy.tolist(), strict=True)
+        ]
         return Solved(
             x=better.x,
-            y=better.y,
+            y=torch.where(noisy[:, None, None], solved.y, better.y),
             steps=[before + more for before, more in zip(solved.steps, better.steps, strict=True)],
-            ends=[before if before.startswith(FAILED) else end for before, end in rows],
+            ends=[ends[not one] for one, *ends in zip(kept, solved.ends, better.ends, strict=True)],
             history=[*solved.history, *((self.steps + step, row) for step, row in better.history[1:])],
         )
 

@@ -86,7 +86,7 @@ class Evidence:
             weights={},
         )
         nothing = {name: torch.zeros_like(value) for name, value in low.items()}
-        if balanced and not bool(scale.any()):
+        if balanced:
             evidence = replace(evidence, weights=evidence._balance(nothing))
         energy = evidence.distance(nothing)  # signs say nothing of size: zero fits them all
         return replace(evidence, energy=torch.where(energy > 0, energy, 1.0))
@@ -140,7 +140,11 @@ class Evidence:
             name: (value - self._nearest(name, value)).square().flatten(1).sum(1).sqrt()
             for name, value in nothing.items()
         }
-        return {name: torch.where(length > 0, 1 / length, 0.0) for name, length in lengths.items()}
+        noisy = self.temperature > 0
+        return {
+            name: torch.where(noisy, 1.0, torch.where(length > 0, 1 / length, 0.0))
+            for name, length in lengths.items()
+        }
 
     def _nearest(self, name: str, value: Tensor) -> Tensor:
         """Return what the intervals hold that is nearest to `value`."""

@@ -34,6 +34,7 @@ def search_pixels(
     floor: Tensor,
     steps: int,
     report: Callable[[int], None],
+    idle: Tensor | None = None,
 ) -> Solved:
     """Minimise the distance over pixels, and logits if there are any, by L-BFGS.
 
@@ -44,6 +45,7 @@ def search_pixels(
         floor: (members,), below which noise explains what is left.
         steps: line searches, at most.
         report: told every finished step.
+        idle: (members,), those that stay where they are.
     """
     shape, count = start["x"].shape, start["x"][0].numel()
 
@@ -61,6 +63,8 @@ def search_pixels(
     search = LBFGS(value, torch.cat([part.flatten(1) for part in start.values()], 1))
     limit = floor.clamp_min(CONVERGED[floor.dtype])
     ends = dict.fromkeys((~search.active).nonzero()[:, 0].tolist(), (0, f"{FAILED}not finite at the start"))
+    if idle is not None:
+        search.active &= ~idle
     history = []
     for step in range(steps + 1):
         if step:
