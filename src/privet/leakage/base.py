@@ -135,35 +135,52 @@ class Inversion(ABC):
         if not updates:
             return []
         network = network if network is not None else network_of(updates[0])
-        dtype = torch.promote_types(next(iter(updates[0].values.values())).dtype, self.precision)
         known = [self._labels(update, network) for update in updates]
         members = [(victim, start) for victim in range(len(updates)) for start in range(self.restarts)]
         found: list[Reconstruction] = []
         for first in range(0, len(members), max(2, together)):
             part = members[first : first + max(2, together)]
-            padded = part if len(part) > 1 else part * 2  # see Client: never alone
-            chosen = [updates[victim] for victim, _ in padded]
-            labels = [known[victim] for victim, _ in padded]
-            problem = Problem(
-                client=Client.of(chosen, network, device=runtime.device, dtype=dtype),
-                evidence=Evidence.of(
-                    chosen, aware=self.aware, balanced=self._balanced, device=runtime.device, dtype=dtype
-                ),
-                known=None
-                if any(one is None for one in labels)
-                else torch.stack([one for one in labels if one is not None]).to(runtime.device),
-                starts=tuple(start for _, start in padded),
-                seed=seed,
-            )
 
             def report(step: int, first: int = first, count: int = len(part)) -> None:
                 done = first * self.steps + min(step, self.steps) * count
                 progress(f"inverting with {self.name}", done, len(members) * self.steps)
 
+            stacked = part if len(part) > 1 else part * 2  # see Client: never alone
+            problem = self._problem(
+                [updates[victim] for victim, _ in stacked],
+                network,
+                known=[known[victim] for victim, _ in stacked],
+                starts=tuple(start for _, start in stacked),
+                seed=seed,
+                device=runtime.device,
+            )
             found += self._finished(problem, self._solve(problem, report))[: len(part)]
             report(self.steps)
         groups = [found[i : i + self.restarts] for i in range(0, len(found), self.restarts)]
         return [_choose(group) for group in groups]
+
+    def _problem(
+        self,
+        updates: Sequence[Update],
+        network: nn.Module,
+        *,
+        known: Sequence[Tensor | None],
+        starts: tuple[int, ...],
+        seed: int,
+        device: torch.device,
+    ) -> Problem:
+        """Stack what members have to solve."""
+        dtype = torch.promote_types(next(iter(updates[0].values.values())).dtype, self.precision)
+        client = Client.of(updates, network, device=device, dtype=dtype)
+        labels = [one for one in known if one is not None]  # of all members or of none, see Client
+        evidence = Evidence.of(updates, aware=self.aware, balanced=self._balanced, device=device, dtype=dtype)
+        return Problem(
+            client=client,
+            evidence=evidence,
+            known=torch.stack(labels).to(device) if labels else None,
+            starts=starts,
+            seed=seed,
+        )
 
     @property
     def _balanced(self) -> bool:

@@ -156,14 +156,14 @@ class GRNN(Descent):
             report=lambda _: None,
             idle=noisy,
         )
-        kept = [
-            before.startswith(FAILED) or one for before, one in zip(solved.ends, noisy.tolist(), strict=True)
-        ]
         return Solved(
             x=better.x,
             y=torch.where(noisy[:, None, None], solved.y, better.y),
             steps=[before + more for before, more in zip(solved.steps, better.steps, strict=True)],
-            ends=[ends[not one] for one, *ends in zip(kept, solved.ends, better.ends, strict=True)],
+            ends=[
+                before if still or before.startswith(FAILED) else after
+                for still, before, after in zip(noisy.tolist(), solved.ends, better.ends, strict=True)
+            ],
             history=[*solved.history, *((self.steps + step, row) for step, row in better.history[1:])],
         )
 
