@@ -25,7 +25,7 @@ TABLE: dict[str, Inversion] = {
     "ig": IG(steps=80),
 }
 DEFENCES = ("topk-90", "int4", "gaussian-0.01", "laplace-0.01", "clip-0.5", "sign", "clip-1+topk-50+int8")
-FIELDS = ("images", "labels", "distance", "distances", "end", "steps", "history")
+FIELDS = ("images", "labels", "distance", "distances", "end", "steps", "history", "equations")
 
 
 def updates(count: int = 2, **settings: Any) -> list[Update]:
@@ -157,6 +157,12 @@ def test_members_that_are_done_leave_the_others_alone(runtime: Runtime) -> None:
     same(together[0], inversion.invert([plain], runtime=runtime)[0])
     same(together[1], inversion.invert([noisy], runtime=runtime)[0])
     same(together[2], inversion.invert([other], runtime=runtime)[0])
+
+
+def test_signs_alone_are_worth_a_search(runtime: Runtime) -> None:
+    for inversion in (GRNN(steps=30, polish=0), IG(steps=30)):
+        result = inversion.invert(updates(1, defence="sign"), runtime=runtime)[0]
+        assert result.distance < result.history[0][1]
 
 
 def test_settings_that_cannot_work() -> None:

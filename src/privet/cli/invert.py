@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from cyclopts import Parameter
 from rich import print as say
 from rich.markup import escape
 
@@ -24,20 +25,20 @@ def invert(
     method: str = "grnn",
     preset: str = "default",
     budget: str = "default",
-    set: list[str] | None = None,
+    set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
     model: Path | None = None,
     architecture: str | None = None,
     victims: int = 1,
     batch_size: int = 1,
     local_steps: int = 1,
     learning_rate: float = 0.1,
-    labels_known: bool = False,
+    labels_known: Annotated[bool, Parameter(negative="")] = False,
     defence: str | None = None,
     private: str | None = None,
     public: str | None = None,
     psnr: float = 20.0,
     ssim: float = 0.6,
-    hide: bool = False,
+    hide: Annotated[bool, Parameter(negative="")] = False,
     size: int | None = None,
     split: str | None = None,
     seed: int = 0,

@@ -225,7 +225,7 @@ class Inversion(ABC):
                     end=end,
                     steps=solved.steps[i],
                     history=tuple((step, row[i]) for step, row in solved.history if step <= solved.steps[i]),
-                    equations=problem.evidence.equations,
+                    equations=int(problem.evidence.equations[i]),
                     unknowns=x[i].numel() + (y[i].numel() if problem.known is None else 0),
                 )
             )

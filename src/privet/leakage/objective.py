@@ -34,7 +34,7 @@ class Evidence:
         floor: (members,), the distance that noise alone leaves between the truth and what was sent.
         energy: (members,), the distance of a gradient of zero: the unit of relative distances.
         temperature: (members,), what minus the log-likelihood is to be multiplied with to give the distance.
-        equations: values that were sent; the most of all members.
+        equations: (members,), how many values were sent.
         weights: of each tensor's share in the distance, (members,), or none if all weigh the same.
     """
 
@@ -45,7 +45,7 @@ class Evidence:
     floor: Tensor
     energy: Tensor
     temperature: Tensor
-    equations: int
+    equations: Tensor
     weights: Tensors
 
     @classmethod
@@ -82,7 +82,7 @@ class Evidence:
             floor=torch.where(laplace, scale, scale.square()) * told,
             energy=torch.ones_like(scale),
             temperature=torch.where(laplace, scale, 2 * scale.square()),
-            equations=int(told.max()),
+            equations=told,
             weights={},
         )
         nothing = {name: torch.zeros_like(value) for name, value in low.items()}
@@ -103,7 +103,7 @@ class Evidence:
             floor=self.floor[kept],
             energy=self.energy[kept],
             temperature=self.temperature[kept],
-            equations=self.equations,
+            equations=self.equations[kept],
             weights={name: value[kept] for name, value in self.weights.items()},
         )
 
@@ -141,9 +141,8 @@ class Evidence:
             for name, value in nothing.items()
         }
         noisy = self.temperature > 0
-        return {
-            name: torch.where(noisy, 1.0, torch.where(length > 0, 1 / length, 0.0))
-            for name, length in lengths.items()
+        return {  # a tensor that says nothing of its size (signs) weighs 1
+            name: torch.where(noisy | (length == 0), 1.0, 1 / length) for name, length in lengths.items()
         }
 
     def _nearest(self, name: str, value: Tensor) -> Tensor:
