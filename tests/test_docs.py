@@ -13,6 +13,7 @@ import pytest
 import privet
 from privet.cli import app
 from privet.errors import EXIT_CODES
+from privet.leakage import INVERSIONS, Inversion
 from privet.models import create_model
 from privet.protection import METHODS
 
@@ -70,9 +71,20 @@ def test_the_method_table_is_complete() -> None:
         assert written == expected, name
 
 
+def test_the_table_of_inversions_is_complete() -> None:
+    text = (ROOT / "docs/leakage.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| `(\w+)` \|([^|]*)\|$", text, re.MULTILINE)
+    common = {field.name for field in dataclasses.fields(Inversion)}
+    assert [name for name, _, _ in rows] == list(INVERSIONS)
+    for name, labels, written in rows:
+        named = {field.name for field in dataclasses.fields(INVERSIONS[name])} - common
+        assert set(re.findall(r"`(\w+)`", written)) == named, name
+        assert INVERSIONS[name]().labels == labels, name
+
+
 def test_the_networks_exist() -> None:
     section = (ROOT / "docs/methods.md").read_text().split("## Networks")[1]
-    for name in re.findall(r"`((?:resnet|vgg|densenet|mobilenet|vit|cnn)[\w-]*)`", section):
+    for name in re.findall(r"`((?:resnet|vgg|densenet|mobilenet|vit|cnn|lenet)[\w-]*)`", section):
         create_model(name, classes=2, size=(32, 32))
 
 

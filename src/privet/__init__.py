@@ -20,7 +20,18 @@ __version__ = VERSION
 _HOMES = {
     "images": ("Budget", "ImageSet", "open_images", "write_images"),
     "models": ("create_model", "load_model", "save_model"),
-    "learning": ("Job", "Learner", "Runtime", "learn", "study"),
+    "learning": (
+        "Job",
+        "Learner",
+        "Runtime",
+        "Treatment",
+        "Update",
+        "learn",
+        "load_update",
+        "save_update",
+        "study",
+    ),
+    "leakage": ("DLG", "GRNN", "IG", "Analytic", "Inversion"),
     "protection": (
         "AR",
         "CUDA",
@@ -53,10 +64,19 @@ if TYPE_CHECKING:
     from privet.images import ImageSet as ImageSet
     from privet.images import open_images as open_images
     from privet.images import write_images as write_images
+    from privet.leakage import DLG as DLG
+    from privet.leakage import GRNN as GRNN
+    from privet.leakage import IG as IG
+    from privet.leakage import Analytic as Analytic
+    from privet.leakage import Inversion as Inversion
     from privet.learning import Job as Job
     from privet.learning import Learner as Learner
     from privet.learning import Runtime as Runtime
+    from privet.learning import Treatment as Treatment
+    from privet.learning import Update as Update
     from privet.learning import learn as learn
+    from privet.learning import load_update as load_update
+    from privet.learning import save_update as save_update
     from privet.learning import study as study
     from privet.models import create_model as create_model
     from privet.models import load_model as load_model

@@ -25,7 +25,7 @@ LINE_SECONDS = 15.0  # between lines where there is no terminal
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="cyan")
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="cyan")
 
 
 @contextlib.contextmanager
@@ -80,9 +80,7 @@ class _Lines:
         self.printed = now
         rate = (done - self.first) / (now - self.started)
         left = (total - done) / rate if rate else 0
-        self.console.print(
-            f"{stage}: {done / total:.0%}, {rate:,.0f} images/s, {left:,.0f} s left", soft_wrap=True
-        )
+        self.console.print(f"{stage}: {done / total:.0%}, {rate:,.0f}/s, {left:,.0f} s left", soft_wrap=True)
 
 
 def written(publication: Publication, what: str, *, rank: int) -> int:

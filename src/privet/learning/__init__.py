@@ -17,6 +17,8 @@ from privet.learning.train import (
     schedule,
     training_step,
 )
+from privet.learning.update import Treatment, Update
+from privet.learning.update_files import load_update, save_update
 
 __all__ = [
     "Epoch",
@@ -25,16 +27,20 @@ __all__ = [
     "Learner",
     "Publication",
     "Runtime",
+    "Treatment",
+    "Update",
     "accuracy",
     "change_in_chunks",
     "frozen",
     "input_gradient",
     "learn",
     "load_checkpoint",
+    "load_update",
     "make_optimizer",
     "pgd",
     "publish_changed",
     "save_checkpoint",
+    "save_update",
     "schedule",
     "study",
     "training_step",

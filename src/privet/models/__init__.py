@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from privet.errors import MissingExtraError, UsageError
-from privet.models import cnn, densenet, mobilenetv2, resnet, vgg, vit
-from privet.models.blocks import Scaled
+from privet.models import cnn, densenet, lenet, mobilenetv2, resnet, vgg, vit
+from privet.models.blocks import Scaled, relu
 from privet.models.projection import PREFIX, with_projection
 from privet.models.weights import SavedModel, load_backbone, load_model, save_model
 
@@ -35,6 +36,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Up to this side a DenseNet or MobileNetV2 keeps the full resolution in its stem.
 THUMBNAIL = 64
 
+LENETS = ("lenet", "lenet-strided")
+# Behind a name: sigmoids in place of ReLUs, as inversions of gradients are mostly tried on.
+SIGMOID = "-sigmoid"
+
 ARCHITECTURES: tuple[str, ...] = (
     *resnet.DEPTHS,
     *(f"{name}-imagenet" for name in ("resnet18", "resnet34", "resnet50")),
@@ -43,6 +48,8 @@ ARCHITECTURES: tuple[str, ...] = (
     "mobilenetv2",
     "vit",
     "cnn",
+    *LENETS,
+    *(f"{name}{SIGMOID}" for name in (*LENETS, "resnet8", "resnet20", "resnet18")),
 )
 
 
@@ -74,8 +81,12 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
                 base.removesuffix("-imagenet"), classes=classes, width=width, stem=stem
             )
             return Scaled(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        activation = F.sigmoid if base.endswith(SIGMOID) else relu
+        base = base.removesuffix(SIGMOID)
         if base in resnet.DEPTHS:
-            network = resnet.build(base, classes=classes, width=width, stem=stem)
+            network = resnet.build(base, classes=classes, width=width, stem=stem, activation=activation)
+        elif base in LENETS:
+            network = lenet.build(base, size=size, classes=classes, width=width, activation=activation)
         elif base in vgg.DEPTHS:
             network = vgg.build(base, classes=classes, width=width)
         elif base == "cnn":

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+relu: Activation = partial(F.relu, inplace=True)
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -68,3 +74,9 @@ def initialise(network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def uniform(network: nn.Module, bound: float = 0.5) -> None:
+    """Draw every weight and bias uniformly from ±bound: how inversions' sigmoid targets start."""
+    for parameter in network.parameters():
+        nn.init.uniform_(parameter, -bound, bound)

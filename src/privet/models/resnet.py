@@ -2,7 +2,8 @@
 
 `resnet18` to `resnet50` carry torchvision's parameter names, so that its weights load into the
 networks with the ImageNet stem. `resnet8` and `resnet20` are the paper's narrow three-stage family
-for CIFAR-10 (section 4.2), with projection shortcuts.
+for CIFAR-10 (section 4.2), with projection shortcuts. With sigmoids instead of ReLUs, and weights
+uniform in ±0.5, they are targets of inversions, which need a gradient that is smooth in the image.
 """
 
 from __future__ import annotations
@@ -10,31 +11,33 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from privet.models.blocks import conv1x1, conv3x3, conv_bn, initialise
+from privet.models.blocks import Activation, conv1x1, conv3x3, conv_bn, initialise, relu, uniform
 
 
 class BasicBlock(nn.Module):
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, activation: Activation) -> None:
         super().__init__()
+        self.activation = activation
         self.conv1, self.bn1 = conv3x3(inputs, width, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
         self.downsample = _shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
+        y = self.activation(conv_bn(x, self.conv1, self.bn1))
         y = conv_bn(y, self.conv2, self.bn2)
         if self.downsample is not None:
             x = self.downsample(x)
-        return F.relu(y + x, inplace=True)
+        return self.activation(y + x)
 
 
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, activation: Activation) -> None:
         super().__init__()
+        self.activation = activation
         outputs = width * self.expansion
         self.conv1, self.bn1 = conv1x1(inputs, width), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width)
@@ -42,12 +45,12 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
-        y = F.relu(conv_bn(y, self.conv2, self.bn2), inplace=True)
+        y = self.activation(conv_bn(x, self.conv1, self.bn1))
+        y = self.activation(conv_bn(y, self.conv2, self.bn2))
         y = conv_bn(y, self.conv3, self.bn3)
         if self.downsample is not None:
             x = self.downsample(x)
-        return F.relu(y + x, inplace=True)
+        return self.activation(y + x)
 
 
 class ResNet(nn.Module):
@@ -59,6 +62,7 @@ class ResNet(nn.Module):
         classes: outputs.
         width: channels of the stem and of the first stage.
         stem: "3x3" keeps the resolution (thumbnails), "imagenet" divides it by 4 (photographs).
+        activation: after each convolution but those of the shortcuts.
     """
 
     def __init__(
@@ -69,8 +73,10 @@ class ResNet(nn.Module):
         classes: int,
         width: int,
         stem: str,
+        activation: Activation,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.stem = stem
         self.conv1 = conv3x3(3, width) if stem == "3x3" else nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -79,15 +85,17 @@ class ResNet(nn.Module):
             stage = nn.Sequential()
             for position in range(depth):
                 stride = 2 if index > 0 and position == 0 else 1
-                stage.append(block(inputs, width << index, stride))
+                stage.append(block(inputs, width << index, stride, activation))
                 inputs = (width << index) * block.expansion
             self.add_module(f"layer{index + 1}", stage)
         self.stages = len(depths)
         self.fc = nn.Linear(inputs, classes)
         initialise(self)
+        if activation is F.sigmoid:
+            uniform(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
+        x = self.activation(conv_bn(x, self.conv1, self.bn1))
         if self.stem == "imagenet":
             x = F.max_pool2d(x, 3, 2, padding=1)
         for index in range(self.stages):
@@ -121,7 +129,7 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], in
 }
 
 
-def build(name: str, *, classes: int, width: int | None, stem: str) -> ResNet:
+def build(name: str, *, classes: int, width: int | None, stem: str, activation: Activation = relu) -> ResNet:
     """Build the network of this name; `width` defaults to the published one."""
     block, depths, published = DEPTHS[name]
-    return ResNet(block, depths, classes=classes, width=width or published, stem=stem)
+    return ResNet(block, depths, classes=classes, width=width or published, stem=stem, activation=activation)

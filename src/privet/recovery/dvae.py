@@ -15,7 +15,7 @@ from privet.learning.attack import frozen
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.chunks import CHUNK, Change
 from privet.learning.job import Job
-from privet.models.blocks import conv3x3
+from privet.models.blocks import conv3x3, relu
 from privet.models.resnet import BasicBlock
 from privet.recovery.base import ImageRecovery
 from privet.seeds import derive, generator
@@ -172,9 +172,9 @@ class Autoencoder(nn.Module):
             conv3x3(3, width),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
-            BasicBlock(width, width, 1),
-            BasicBlock(width, width, 1),
-            BasicBlock(width, 2 * width, 2),
+            BasicBlock(width, width, 1, relu),
+            BasicBlock(width, width, 1, relu),
+            BasicBlock(width, 2 * width, 2, relu),
         )
         self.moments = nn.Conv2d(2 * width, 8 * width, 1)
         self.latent = nn.Conv2d(4 * width, 2 * width, 1)

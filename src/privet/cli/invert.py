@@ -1,0 +1,232 @@
+"""privet invert: reconstruct private images from what a client sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from rich import print as say
+from rich.markup import escape
+
+from privet.cli.screen import progress
+from privet.errors import OK, InputError, UsageError
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from privet.leakage import Inversion
+    from privet.leakage.victims import Victim
+
+
+def invert(
+    source: str,
+    /,
+    *,
+    out: Path,
+    method: str = "grnn",
+    preset: str = "default",
+    budget: str = "default",
+    set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
+    model: Path | None = None,
+    architecture: str | None = None,
+    victims: int = 1,
+    batch_size: int = 1,
+    local_steps: int = 1,
+    learning_rate: float = 0.1,
+    labels_known: Annotated[bool, Parameter(negative="")] = False,
+    defence: str | None = None,
+    private: str | None = None,
+    public: str | None = None,
+    psnr: float = 20.0,
+    ssim: float = 0.6,
+    hide: Annotated[bool, Parameter(negative="")] = False,
+    size: int | None = None,
+    split: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Attack what clients sent, and see whether their images and labels come out.
+
+    SOURCE is a folder with the record of one update, or images whose clients are simulated. Updates that were
+    clipped, noised or compressed are attacked twice: knowing that, and as if nothing had been done to them.
+
+    Parameters
+    ----------
+    source
+        A folder with update.json, or images: a folder of class folders, Parquet, or a hub id.
+    out
+        New folder for report.json and pairs.png.
+    method
+        grnn, dlg, ig or analytic. docs/leakage.md says what each does.
+    preset
+        default, or faithful: as the method's authors released it (grnn).
+    budget
+        default, or long: ten times the steps.
+    set
+        Change a setting of the method, as NAME=VALUE; may be repeated.
+    model
+        For images: the network of the clients, as 'privet learn' saved it.
+    architecture
+        For images, in place of a model: a network with fresh weights.
+    victims
+        For images: simulated clients.
+    batch_size
+        For images: private images of each client.
+    local_steps
+        For images: SGD steps of each client before it sends its change.
+    learning_rate
+        Of those.
+    labels_known
+        For images: the attacker is told the labels.
+    defence
+        For images: what clients do before they send: clip-NORM, gaussian-SIGMA, laplace-B, topk-PERCENT, int8,
+        sign, or several joined by +.
+    private
+        For a record: its images, if you have them, to measure how much came out.
+    public
+        Images of the same kind that are not private, for the baselines.
+    psnr
+        An image counts as recovered from so many dB on,
+    ssim
+        or from this structural similarity on.
+    hide
+        Leave the private images out of pairs.png.
+    size
+        Side in pixels of simulated clients' images.
+    split
+        Split of a hub data set or of a folder of Parquet files.
+    seed
+        Of the victims, the defence and the attack.
+    device
+        auto, cpu or cuda.
+    """
+    from privet.images import open_images
+    from privet.leakage.attack import PICTURE, write_attack
+    from privet.leakage.measure import Success
+    from privet.learning import Runtime
+
+    here = Runtime.find(device, "float32")
+    inversion = _inversion(method, preset, budget, set or [])
+    with progress() as listener:
+        if (Path(source) / "update.json").exists():
+            found = [_recorded(Path(source), private)]
+        else:
+            found = _simulated(
+                source,
+                model=model,
+                architecture=architecture,
+                size=size,
+                split=split,
+                victims=victims,
+                batch_size=batch_size,
+                local_steps=local_steps,
+                learning_rate=learning_rate,
+                labels_known=labels_known,
+                defence=defence,
+                seed=seed,
+            )
+        others = None
+        if public is not None:
+            others = open_images(public, size=found[0].update.size).pixels.float() / 255
+        result = write_attack(
+            out,
+            found,
+            inversion,
+            runtime=here,
+            source={"source": source, "model": str(model or architecture), "defence": defence},
+            success=Success(psnr=psnr, ssim=ssim),
+            seed=seed,
+            public=others,
+            hide=hide,
+            progress=listener,
+        )
+    _say(result)
+    say(f"Pictures: {escape(str(out / PICTURE))}")
+    return OK
+
+
+def _inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
+    import dataclasses
+
+    from privet.cli.protect import parse_settings
+    from privet.leakage import INVERSIONS
+
+    if method not in INVERSIONS:
+        raise UsageError(f"Unknown method {method!r}; expected one of {', '.join(INVERSIONS)}.")
+    if budget not in ("default", "long"):
+        raise UsageError(f"Expected a budget default or long, got {budget!r}.")
+    kind = INVERSIONS[method]
+    inversion = kind.preset(preset, **parse_settings(kind, settings))
+    if budget == "default":
+        return inversion
+    lasting = {
+        name: 10 * getattr(inversion, name) for name in ("steps", "polish") if hasattr(inversion, name)
+    }
+    return dataclasses.replace(inversion, **lasting)
+
+
+def _recorded(folder: Path, private: str | None) -> Victim:
+    from privet.images import open_images
+    from privet.leakage.victims import open_victim
+    from privet.learning import load_update
+
+    truth = None if private is None else open_images(private, size=load_update(folder).size)
+    return open_victim(folder, truth)
+
+
+def _simulated(
+    source: str,
+    *,
+    model: Path | None,
+    architecture: str | None,
+    size: int | None,
+    split: str | None,
+    defence: str | None,
+    seed: int,
+    **settings: Any,
+) -> list[Victim]:
+    from privet.images import align, open_images
+    from privet.leakage.defences import create_defence
+    from privet.leakage.victims import simulate
+    from privet.models import create_model, load_model
+
+    if (model is None) == (architecture is None):
+        raise UsageError(
+            f"{source} holds no update.json, so clients are simulated: give --model or --architecture."
+        )
+    chosen = None if defence is None else create_defence(defence)
+    if model is not None:
+        network, about = load_model(model)
+        images = align(open_images(source, size=about.size, split=split), about.class_names)
+        name = about.architecture
+    else:
+        images = open_images(source, size=size, split=split)
+        name = architecture or ""
+        network = create_model(name, classes=images.classes, size=images.size, seed=seed)
+    if not len(images):
+        raise InputError(f"{source} holds no images.")
+    return simulate(network.train(), images, architecture=name, defence=chosen, seed=seed, **settings)
+
+
+def _say(result: dict[str, Any]) -> None:
+    for words in next(iter(result["threat_model"].values())):
+        say(escape(words))
+    for one in result["attacks"]:
+        kind = "aware" if one["aware"] else "naive"
+        total = one["summary"]
+        if not total:
+            ends = ", ".join(f"{victim['end']} (distance {victim['distance']})" for victim in one["victims"])
+            say(
+                f"[bold]{kind}[/]: {escape(ends)}; how much came out is not known without the private images."
+            )
+            continue
+        low, high = total["bounds"]
+        outcomes = ", ".join(f"{count} {name}" for name, count in total["outcomes"].items() if count)
+        say(
+            f"[bold]{kind}[/]: images of {total['victims_recovered']} of {total['victims']} clients recovered "
+            f"(95 % bounds {low:.0%} to {high:.0%}); of {total['images']} images {outcomes}; median PSNR "
+            f"{total['median_psnr']:.1f} dB, best {total['best_psnr']:.1f} dB; {total['labels_right']} labels right"
+        )
+    for name, row in result["baselines"].items():
+        say(
+            f"baseline {name}: median PSNR {row['median_psnr']:.1f} dB, {row['recovered']} of {row['images']}"
+        )

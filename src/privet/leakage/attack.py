@@ -1,0 +1,257 @@
+"""Attack victims, naively and aware of what was done to their updates, and say how much came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privet.files import claim, finish, write_bytes, write_json
+from privet.images.montage import montage, png
+from privet.leakage.base import Inversion, Reconstruction
+from privet.leakage.measure import (
+    OUTCOMES,
+    Found,
+    Success,
+    baselines,
+    bounds,
+    judge,
+    match,
+    psnr,
+    ssim,
+)
+from privet.leakage.victims import Victim, threat_model
+from privet.learning.runtime import Runtime, describe_device
+from privet.learning.update import Treatment
+from privet.progress import Progress, silent
+from privet.version import VERSION
+
+REPORT, PICTURE = "report.json", "pairs.png"
+DEFAULT = Success()
+MOST_ROWS = 16  # of the picture
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attack:
+    """One way to attack all victims.
+
+    Attributes:
+        aware: whether it made use of what is known of the updates' treatment.
+        reconstructions: one for each victim.
+        found: for each victim, what came out for each of its images; empty where the truth is not known.
+        seconds: how long it took.
+    """
+
+    aware: bool
+    reconstructions: list[Reconstruction]
+    found: list[list[Found]]
+    seconds: float
+
+
+def attack(
+    victims: Sequence[Victim],
+    inversion: Inversion,
+    *,
+    runtime: Runtime,
+    success: Success = DEFAULT,
+    seed: int = 0,
+    network: nn.Module | None = None,
+    progress: Progress = silent,
+) -> list[Attack]:
+    """Attack all victims; if their updates were treated, once aware of it and once naively.
+
+    Args:
+        victims: alike in architecture, size, batch and number of steps.
+        inversion: how.
+        runtime: where.
+        success: what counts as recovered.
+        seed: of the inversion's starting points.
+        network: if privet does not know the architecture.
+        progress: told about steps.
+
+    Raises:
+        UsageError: the inversion cannot be applied to these updates.
+    """
+    treated = any(victim.update.treatment != Treatment() for victim in victims)
+    attacks = []
+    for aware in (True, False) if treated and inversion.aware else (inversion.aware,):
+        started = time.perf_counter()
+        reconstructions = dataclasses.replace(inversion, aware=aware).invert(
+            [victim.update for victim in victims],
+            runtime=runtime,
+            seed=seed,
+            network=network,
+            progress=progress,
+        )
+        found = [
+            [] if victim.images is None else judge(result, victim.images, victim.labels, success)
+            for victim, result in zip(victims, reconstructions, strict=True)
+        ]
+        attacks.append(
+            Attack(
+                aware=aware,
+                reconstructions=reconstructions,
+                found=found,
+                seconds=time.perf_counter() - started,
+            )
+        )
+    return attacks
+
+
+def summary(found: Sequence[Sequence[Found]]) -> dict[str, Any]:
+    """Return what attacks on several victims came to; a victim counts if any of its images came out."""
+    images = [one for victim in found for one in victim]
+    if not images:
+        return {}
+    hit = sum(any(one.outcome == "recovered" for one in victim) for victim in found)
+    ssims = [one.ssim for one in images if one.ssim is not None]
+    outcomes = Counter(one.outcome for one in images)
+    return {
+        "victims": len(found),
+        "victims_recovered": hit,
+        "share": hit / len(found),
+        "bounds": bounds(hit, len(found)),
+        "images": len(images),
+        "outcomes": {outcome: outcomes[outcome] for outcome in OUTCOMES},
+        "labels_right": sum(one.label for one in images),
+        "median_psnr": statistics.median(one.psnr for one in images),
+        "best_psnr": max(one.psnr for one in images),
+        "median_ssim": statistics.median(ssims) if ssims else None,
+    }
+
+
+def report(
+    victims: Sequence[Victim], attacks: Sequence[Attack], success: Success, public: Tensor | None = None
+) -> dict[str, Any]:
+    """Return everything that was found out, as JSON values.
+
+    Args:
+        victims: who was attacked.
+        attacks: how.
+        success: the thresholds.
+        public: images of the same kind that are not private, in [0, 1], for the baselines.
+    """
+    known = [victim.images for victim in victims if victim.images is not None]
+    return {
+        "threat_model": {
+            "aware" if one.aware else "naive": threat_model(victims[0].update, aware=one.aware)
+            for one in attacks
+        },
+        "success": asdict(success),
+        "attacks": [
+            {
+                "aware": one.aware,
+                "seconds": round(one.seconds, 2),
+                "summary": summary(one.found),
+                "victims": [
+                    _victim(result, found)
+                    for result, found in zip(one.reconstructions, one.found, strict=True)
+                ],
+            }
+            for one in attacks
+        ],
+        "baselines": _baselines(torch.cat(known), public, success) if known and public is not None else {},
+    }
+
+
+def write_attack(
+    out: Path,
+    victims: Sequence[Victim],
+    inversion: Inversion,
+    *,
+    runtime: Runtime,
+    source: dict[str, Any],
+    success: Success = DEFAULT,
+    seed: int = 0,
+    public: Tensor | None = None,
+    hide: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Attack, and write report.json and pairs.png into `out`; return the report.
+
+    Args:
+        out: a new folder.
+        victims: as for `attack`.
+        inversion: likewise.
+        runtime: likewise.
+        source: where the victims come from, for the report.
+        success: as for `attack`.
+        seed: likewise.
+        public: as for `report`.
+        hide: leave the private images out of the picture.
+        progress: told about steps.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written.
+        UsageError: as for `attack`.
+    """
+    run = {
+        "privet": VERSION,
+        **inversion.record(),
+        "source": source,
+        "success": asdict(success),
+        "seed": seed,
+        "device": describe_device(runtime.device, torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+    claim(out, run)
+    attacks = attack(victims, inversion, runtime=runtime, success=success, seed=seed, progress=progress)
+    result = {**run, **report(victims, attacks, success, public)}
+    write_json(out / REPORT, result)
+    write_bytes(out / PICTURE, png(montage(_pairs(victims, attacks, hide=hide))))
+    finish(out, run, {})
+    return result
+
+
+def _victim(result: Reconstruction, found: Sequence[Found]) -> dict[str, Any]:
+    finite = [None if abs(value) == torch.inf else value for value in (result.distance, *result.distances)]
+    return {
+        "end": result.end,
+        "steps": result.steps,
+        "distance": finite[0],
+        "distances": finite[1:],
+        "noise_floor": result.floor,
+        "equations": result.equations,
+        "unknowns": result.unknowns,
+        "labels": result.labels.tolist(),
+        "images": [asdict(one) for one in found],
+        "history": [list(point) for point in result.history],
+    }
+
+
+def _baselines(private: Tensor, public: Tensor, success: Success) -> dict[str, Any]:
+    rows = {}
+    for name, drawn in baselines(private, public).items():
+        ratios = psnr(drawn, private).tolist()
+        similar = ssim(drawn, private)
+        hits = sum(
+            ratio >= success.psnr or (other is not None and other >= success.ssim)
+            for ratio, other in zip(ratios, similar, strict=True)
+        )
+        rows[name] = {"median_psnr": statistics.median(ratios), "recovered": hits, "images": len(ratios)}
+    return rows
+
+
+def _pairs(victims: Sequence[Victim], attacks: Sequence[Attack], *, hide: bool) -> list[list[Tensor]]:
+    """Return rows of the private image and what each attack made of it, the most faithful first."""
+    rows: list[tuple[float, list[Tensor]]] = []
+    for index, victim in enumerate(victims):
+        drawn = [one.reconstructions[index].images.expand(-1, 3, -1, -1) for one in attacks]
+        if victim.images is None:
+            rows += [(0.0, list(images)) for images in zip(*drawn, strict=True)]
+            continue
+        drawn = [images[match(images, victim.images)] for images in drawn]
+        for position, private in enumerate(victim.images):
+            best = max(one.found[index][position].psnr for one in attacks)
+            recovered = [images[position] for images in drawn]
+            rows.append((-best, recovered if hide else [private, *recovered]))
+    rows.sort(key=lambda row: row[0])
+    return [[(255 * image).round().to(torch.uint8) for image in row] for _, row in rows[:MOST_ROWS]]

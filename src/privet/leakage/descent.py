@@ -1,0 +1,171 @@
+"""First-order inversions: one loop for many members, of which each stops when it is done."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from privet.leakage.base import Inversion
+from privet.leakage.problem import CONVERGED, FAILED, HUGE, POINTS, Problem, Solved
+
+EXPLODED = 1e6  # times a member's first distance
+CHECK = 25  # steps between looks at who is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(Inversion):
+    """An inversion that follows the gradient of a loss in variables of its own.
+
+    A member that ends (its numbers are not finite, it has reached the noise floor, nothing is left to
+    gain) keeps what it has from that step on, and is taken out of the stack soon after.
+    """
+
+    @abstractmethod
+    def _start(self, problem: Problem) -> dict[str, Tensor]:
+        """Return the variables, each (members, ...)."""
+
+    def _constants(self, problem: Problem) -> dict[str, Tensor]:
+        """Return what else `_decode` needs, each (members, ...)."""
+        return {}
+
+    @abstractmethod
+    def _decode(self, problem: Problem, variables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Turn variables and constants into pixels and probabilities of classes.
+
+        Returns:
+            (members, images, colours, height, width) and (members, images, classes).
+        """
+
+    @abstractmethod
+    def _loss(self, problem: Problem, x: Tensor, distance: Tensor) -> Tensor:
+        """Return what is minimised, (members,)."""
+
+    @abstractmethod
+    def _optimizer(self, variables: Iterable[Tensor]) -> Optimizer:
+        """Return what changes the variables."""
+
+    @abstractmethod
+    def _rate(self, done: float) -> float:
+        """Return the learning rate when this share of the steps is done."""
+
+    def _direction(self, slope: Tensor) -> Tensor:
+        """Return what the optimiser is given for a gradient."""
+        return slope
+
+    def _project(self, variables: dict[str, Tensor]) -> None:
+        """Bring the variables back into their range, in place."""
+
+    def _refine(self, problem: Problem, solved: Solved) -> Solved:
+        """Return something better than what the loop found, if the method knows how."""
+        return solved
+
+    @property
+    def _keeps_last(self) -> bool:
+        """Whether the last iterate counts, not the one with the least distance."""
+        return False
+
+    @final
+    def _solve(self, problem: Problem, report: Callable[[int], None]) -> Solved:
+        whole = problem
+        variables = {name: value.requires_grad_() for name, value in self._start(problem).items()}
+        constants = self._constants(problem)
+        optimizer = self._optimizer(variables.values())
+        ledger: _Ledger | None = None
+        for step in range(1, self.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate((step - 1) / self.steps)
+            x, y = self._decode(problem, {**variables, **constants})
+            distance = self._distance(problem, problem.client.gradient(x, y))
+            loss = self._loss(problem, x, distance)
+            slopes = torch.autograd.grad(loss.sum(), list(variables.values()))
+            found = x.detach(), y.detach(), distance.detach()
+            ledger = ledger or _Ledger(*found)
+            ledger.enter(step, *found, self._floor(problem), last=self._keeps_last)
+            for variable, slope in zip(variables.values(), slopes, strict=True):
+                variable.grad = self._direction(slope)
+            optimizer.step()
+            with torch.no_grad():
+                self._project(variables)
+            if step % max(1, self.steps // POINTS) == 0:
+                ledger.note(step)
+            if step % CHECK == 0 and (kept := ledger.leave()) is not None:
+                if not len(kept):
+                    break
+                problem = problem.subset(kept)
+                variables = {name: value.detach()[kept].requires_grad_() for name, value in variables.items()}
+                constants = {name: value[kept] for name, value in constants.items()}
+                optimizer = _carry(optimizer, self._optimizer(variables.values()), kept)
+            report(step)
+        assert ledger is not None
+        return self._refine(whole, ledger.solved(self.steps))
+
+
+class _Ledger:
+    """What is kept of each member of a stack, also when it has left; `rows` are those still in it."""
+
+    def __init__(self, x: Tensor, y: Tensor, distance: Tensor) -> None:
+        self.rows = torch.arange(len(x), device=x.device)
+        self.open = torch.ones_like(distance, dtype=torch.bool)
+        self.x, self.y = torch.full_like(x, 0.5), torch.zeros_like(y)
+        self.best = torch.full_like(distance, torch.inf)
+        self.limit = EXPLODED * distance
+        self.ends: dict[int, tuple[int, str]] = {}
+        self.history: list[tuple[int, list[float]]] = []
+
+    def enter(self, step: int, x: Tensor, y: Tensor, distance: Tensor, floor: Tensor, *, last: bool) -> None:
+        """Keep what is better than before (or whatever is `last`), and mark the members that are done."""
+        sound = (distance <= self.limit[self.rows]) & torch.isfinite(x).flatten(1).all(1)
+        better = self.open & sound & (last | (distance < self.best[self.rows]))
+        chosen = self.rows[better]
+        self.x[chosen], self.y[chosen], self.best[chosen] = x[better], y[better], distance[better]
+        for reason, which in (
+            (f"{FAILED}not finite, or exploding, at step {step}", ~sound),
+            ("noise floor", (floor > 0) & (distance <= floor)),
+            ("converged", distance <= CONVERGED[distance.dtype]),
+        ):
+            ends = self.open & which
+            if bool(ends.any()):
+                self.ends |= dict.fromkeys(self.rows[ends].tolist(), (step, reason))
+                self.open = self.open & ~ends
+
+    def note(self, step: int) -> None:
+        """Write down every member's distance."""
+        self.history.append((step, self.best.nan_to_num(posinf=HUGE).tolist()))
+
+    def leave(self) -> Tensor | None:
+        """Return the positions that stay in the stack, none if all are done, or None if nobody left."""
+        kept = self.open.nonzero()[:, 0]
+        if len(kept) == 1:  # see Client: never alone
+            kept = torch.cat((kept, (~self.open).nonzero()[0])).sort().values
+        if len(kept) == len(self.open):
+            return None
+        self.rows, self.open = self.rows[kept], self.open[kept]
+        return kept
+
+    def solved(self, steps: int) -> Solved:
+        """Return everything that was kept."""
+        ends = [self.ends.get(row, (steps, "steps")) for row in range(len(self.best))]
+        return Solved(
+            x=self.x,
+            y=self.y,
+            steps=[step for step, _ in ends],
+            ends=[reason for _, reason in ends],
+            history=self.history,
+        )
+
+
+def _carry(old: Optimizer, new: Optimizer, kept: Tensor) -> Optimizer:
+    """Give the new optimiser the old one's state of the kept members."""
+    before = [old.state[variable] for group in old.param_groups for variable in group["params"]]
+    after = [variable for group in new.param_groups for variable in group["params"]]
+    for state, variable in zip(before, after, strict=True):
+        new.state[variable] = {
+            name: value[kept] if value.ndim else value.clone() for name, value in state.items()
+        }
+    return new

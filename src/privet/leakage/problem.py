@@ -1,0 +1,92 @@
+"""The task that an inversion solves, for many attacks side by side, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from privet.leakage.client import Client
+from privet.leakage.objective import Evidence
+from privet.learning.update import Update
+from privet.seeds import generator
+
+CONVERGED = {torch.float32: 1e-11, torch.float64: 1e-22}  # relative distances that rounding leaves
+POINTS = 50  # of a history
+HUGE = 1e30  # stands for infinity in a history
+# What a member's end begins with if it came to numbers that are not finite.
+FAILED = "failed: "
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """What several members (victims times restarts) try to solve side by side.
+
+    Attributes:
+        client: their simulation of the client.
+        evidence: what was sent.
+        known: the labels, (members, images), or None if they are to be found.
+        starts: each member's number of restart, from which it draws its random numbers.
+        seed: of those.
+    """
+
+    client: Client
+    evidence: Evidence
+    known: Tensor | None
+    starts: tuple[int, ...]
+    seed: int
+
+    @property
+    def update(self) -> Update:
+        """One of the members' records, for what they have in common."""
+        return self.client.update
+
+    @property
+    def colours(self) -> int:
+        """Channels of the images to be found."""
+        return 1 if self.update.grey else self.update.channels
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Probabilities of the known labels, (members, images, classes)."""
+        if self.known is None:
+            return None
+        return F.one_hot(self.known, self.update.classes).to(self.evidence.floor.dtype)
+
+    def draw(self, purpose: str, *shape: int, uniform: bool = False) -> Tensor:
+        """Return random numbers for each member, (members, *shape): the same for every victim."""
+        make = torch.rand if uniform else torch.randn
+        drawn = [make(*shape, generator=generator(self.seed, purpose, start)) for start in self.starts]
+        return torch.stack(drawn).to(self.evidence.floor)
+
+    def subset(self, kept: Tensor) -> Problem:
+        """Return the problem of these members, by position."""
+        return Problem(
+            client=self.client.subset(kept),
+            evidence=self.evidence.subset(kept),
+            known=None if self.known is None else self.known[kept],
+            starts=tuple(self.starts[i] for i in kept.tolist()),
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solved:
+    """What an inversion found for each member.
+
+    Attributes:
+        x: pixels, (members, images, colours, height, width).
+        y: probabilities of the classes, (members, images, classes).
+        steps: how many steps each took.
+        ends: why each stopped: "steps", "noise floor", "converged", or "failed: " and a reason.
+        history: the step and every member's distance, now and then.
+    """
+
+    x: Tensor
+    y: Tensor
+    steps: Sequence[int]
+    ends: Sequence[str]
+    history: Sequence[tuple[int, Sequence[float]]]

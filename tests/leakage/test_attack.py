@@ -1,0 +1,135 @@
+"""Whole attacks: naive and aware, reports, and the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tests.leakage.victims import blocks, victims
+
+from privet.cli import main
+from privet.errors import InputError, OutputError, UsageError
+from privet.images import ImageSet
+from privet.leakage import IG
+from privet.leakage.attack import attack, write_attack
+from privet.leakage.victims import simulate, threat_model
+from privet.learning import Runtime, save_update
+from privet.models import create_model
+
+Make = Callable[..., Path]
+QUICK = ("--method", "ig", "--set", "steps=4", "--device", "cpu")
+
+
+def test_what_was_treated_is_attacked_twice(runtime: Runtime) -> None:
+    for defence, kinds in ((None, [True]), ("topk-50", [True, False])):
+        runs = attack(victims(2, defence=defence), IG(steps=3), runtime=runtime)
+        assert [run.aware for run in runs] == kinds
+        assert all(len(run.found) == 2 for run in runs)
+    assert len(attack(victims(2, defence="int8"), IG(steps=3, aware=False), runtime=runtime)) == 1
+
+
+def test_the_same_run_is_not_repeated_over_another(runtime: Runtime, tmp_path: Path) -> None:
+    found, source = victims(1), {"source": "blocks"}
+    write_attack(tmp_path / "out", found, IG(steps=2), runtime=runtime, source=source)
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    with pytest.raises(OutputError, match="another settings"):
+        write_attack(tmp_path / "out", found, IG(steps=3), runtime=runtime, source=source)
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+
+
+def test_the_threat_model_in_words() -> None:
+    plain = " ".join(threat_model(victims(1)[0].update, aware=True))
+    assert "the gradient of one step of one client, in the plain: 1,307 values" in plain
+    several = victims(1, batch_size=2, local_steps=3, labels_known=True, defence="topk-90+int8")[0].update
+    words = " ".join(threat_model(several, aware=False))
+    for part in (
+        "3 local steps",
+        "plain SGD with learning rate 0.1",
+        "labels",
+        "reduced to the largest, then rounded",
+    ):
+        assert part in words
+    assert "does not know that" in words
+
+
+def test_too_few_images() -> None:
+    model = create_model("lenet", classes=3, size=(16, 16))
+    with pytest.raises(UsageError, match="5 clients with 3 images each need 15 images, got 12"):
+        simulate(model, blocks(12), architecture="lenet", victims=5, batch_size=3)
+
+
+class TestCommandLine:
+    def test_simulated_clients(
+        self, tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder, out = make_folder(blocks(6)), tmp_path / "out"
+        given = ["invert", str(folder), "--out", str(out), "--architecture", "lenet-strided-sigmoid-w4"]
+        more = ["--victims", "3", "--defence", "topk-50", "--public", str(folder), *QUICK]
+        assert main([*given, *more]) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert [one["aware"] for one in report["attacks"]] == [True, False]
+        total = report["attacks"][0]["summary"]
+        assert total["victims"] == 3
+        assert total["bounds"][1] > 0.5
+        assert report["baselines"]["nearest"]["recovered"] == 3
+        assert report["success"] == {"psnr": 20.0, "ssim": 0.6}
+        with Image.open(out / "pairs.png") as picture:
+            assert picture.height > picture.width * 0.5
+        printed = capsys.readouterr().out
+        assert "naive" in printed and "95 % bounds" in printed
+        assert main([*given, *more]) == 0  # once more: nothing is in the way
+
+    def test_a_record(self, tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]) -> None:
+        victim = victims(1)[0]
+        save_update(tmp_path / "record", victim.update)
+        given = ["invert", str(tmp_path / "record"), *QUICK]
+        assert main([*given, "--out", str(tmp_path / "blind")]) == 0
+        assert "not known without the private images" in " ".join(capsys.readouterr().out.split())
+        pixels = (victim.images * 255).round().byte()  # type: ignore[operator]
+        private = ImageSet.from_arrays(pixels, torch.tensor([0]), names=["0/0"])
+        folder = make_folder(private, "private")
+        more = ["--private", str(folder), "--out", str(tmp_path / "seen"), "--hide"]
+        assert main([*given, *more]) == 0
+        report = json.loads((tmp_path / "seen" / "report.json").read_text())
+        assert report["attacks"][0]["summary"]["images"] == 1
+        two = make_folder(blocks(2), "two")
+        assert main([*given, "--private", str(two), "--out", str(tmp_path / "x")]) == InputError.exit_code
+        assert "the private images are 2 of 16 x 16 px" in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            (["--method", "magic"], "Unknown method 'magic'; expected one of grnn, dlg, ig, analytic"),
+            (["--budget", "endless"], "Expected a budget default or long"),
+            (["--preset", "faithful"], "ig has no preset 'faithful'"),
+            (["--defence", "magic"], "Unknown defence 'magic'"),
+            (["--set", "speed=3"], "Expected --set NAME=VALUE with NAME one of"),
+            (["--architecture", "lenet", "--model", "x.safetensors"], "give --model or --architecture"),
+        ],
+    )
+    def test_mistakes(
+        self,
+        more: list[str],
+        words: str,
+        tmp_path: Path,
+        make_folder: Make,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        folder = make_folder(blocks(3))
+        given = ["invert", str(folder), "--out", str(tmp_path / "out"), "--method", "ig", "--device", "cpu"]
+        architecture = [] if "--architecture" in more else ["--architecture", "lenet"]
+        given = [one for one in given if "--method" not in more or one not in ("--method", "ig")]
+        assert main([*given, *architecture, *more]) == UsageError.exit_code
+        assert words in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out").exists()
+
+    def test_a_damaged_record(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        save_update(tmp_path / "record", victims(1)[0].update)
+        (tmp_path / "record" / "update.safetensors").write_bytes(b"x")
+        given = ["invert", str(tmp_path / "record"), "--out", str(tmp_path / "out"), *QUICK]
+        assert main(given) == InputError.exit_code
+        assert "is not the file that update.json describes" in " ".join(capsys.readouterr().err.split())

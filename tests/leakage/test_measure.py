@@ -1,0 +1,190 @@
+"""Similarity, matching, outcomes, bounds and labels, against known answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.leakage.victims import victims
+
+from privet.errors import UsageError
+from privet.leakage import Reconstruction
+from privet.leakage.attack import summary
+from privet.leakage.client import network_of
+from privet.leakage.labels import (
+    Head,
+    by_counts,
+    by_rows,
+    by_sign,
+    by_smallest,
+    infer_labels,
+    labels_of,
+)
+from privet.leakage.measure import Found, Success, baselines, bounds, judge, match, psnr, ssim
+from privet.learning import Update
+
+
+def test_psnr_of_known_errors() -> None:
+    one = torch.full((3, 3, 12, 12), 0.5)
+    other = one.clone()
+    other[0] += 0.1
+    other[1, :, :6] += 1 / 255
+    found = psnr(other, one).tolist()
+    assert found[0] == pytest.approx(20, abs=1e-5)
+    assert found[1] == pytest.approx(20 * math.log10(255) + 10 * math.log10(2), abs=1e-4)
+    assert found[2] == 100
+
+
+def test_ssim_of_known_pairs() -> None:
+    torch.manual_seed(0)
+    one = torch.rand(2, 3, 32, 32)
+    same, inverted = ssim(one, torch.stack([one[0], 1 - one[1]]))
+    assert same == pytest.approx(1)
+    assert inverted is not None and inverted < -0.9
+    # Two constant images have no structure: what is left is the comparison of their means.
+    flat = [torch.full((1, 3, 32, 32), value) for value in (0.25, 0.75)]
+    expected = (2 * 0.25 * 0.75 + 0.01**2) / (0.25**2 + 0.75**2 + 0.01**2)
+    assert ssim(*flat)[0] == pytest.approx(expected, rel=1e-4)
+    assert ssim(one[:, :, :10], one[:, :, :10]) == [None, None]
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(5)))
+def test_matching_undoes_any_order(order: list[int]) -> None:
+    torch.manual_seed(0)
+    private = torch.rand(5, 3, 8, 8)
+    found = private[order] + 0.05 * torch.randn(5, 3, 8, 8)
+    assert [order[i] for i in match(found, private).tolist()] == list(range(5))
+
+
+def result(images: torch.Tensor, labels: list[int], **facts: Any) -> Reconstruction:
+    known: dict[str, Any] = {
+        "distance": 0.01,
+        "distances": (0.01,),
+        "floor": 0.0,
+        "end": "steps",
+        "steps": 1,
+        "history": (),
+        "equations": 100,
+        "unknowns": 100,
+    }
+    return Reconstruction(images=images, labels=torch.tensor(labels), **{**known, **facts})
+
+
+def test_outcomes() -> None:
+    torch.manual_seed(0)
+    private = torch.rand(3, 3, 16, 16)
+    success = Success(psnr=20, ssim=0.9)
+    noisy = (private + 0.01).flip(0)
+    assert [one.outcome for one in judge(result(noisy, [2, 1, 0]), private, [0, 1, 2], success)] == [
+        "recovered"
+    ] * 3
+    other = torch.rand(3, 3, 16, 16)
+    founds = judge(result(other, [1, 1, 2]), private, [1, 1, 1], success)
+    assert [(one.outcome, one.label) for one in founds] == [
+        ("label only", True),
+        ("label only", True),
+        ("attack failed", False),
+    ]
+    for facts, outcome, words in (
+        ({"equations": 99}, "underdetermined", ""),
+        ({"distance": 0.5}, "attack failed", "50% of the gradient was left unexplained"),
+        ({"distance": 0.5, "floor": 0.45}, "attack failed", "found, but with another image"),
+        ({"end": "failed: not finite at step 3"}, "attack failed", "not finite at step 3"),
+    ):
+        found = judge(result(other, [0, 0, 0], **facts), private, [1, 1, 1], success)[0]
+        assert (found.outcome, words in found.reason) == (outcome, True)
+    # What is not finite never counts, whatever it looks like.
+    assert (
+        judge(result(noisy, [0, 1, 2], end="failed: x"), private, [0, 1, 2], success)[0].outcome
+        == "attack failed"
+    )
+
+
+def test_either_threshold_is_enough() -> None:
+    private = torch.rand(1, 3, 16, 16)
+    darker = private * 0.5
+    for success, outcome in (
+        (Success(psnr=90, ssim=0.5), "recovered"),
+        (Success(psnr=90, ssim=0.999), "label only"),
+    ):
+        assert judge(result(darker, [0]), private, [0], success)[0].outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    [(0, 20, 0, 0.16843), (20, 20, 0.83157, 1), (10, 20, 0.27196, 0.72804), (1, 10, 0.00253, 0.44502)],
+)
+def test_clopper_pearson_from_tables(hits: int, trials: int, low: float, high: float) -> None:
+    assert bounds(hits, trials) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_a_victim_counts_if_any_of_its_images_came_out() -> None:
+    out = Found(outcome="recovered", psnr=30.0, ssim=0.9, label=True, reason="")
+    not_out = replace(out, outcome="label only", psnr=10.0)
+    total = summary([[out, not_out], [not_out, not_out]])
+    assert (total["victims_recovered"], total["victims"], total["images"]) == (1, 2, 4)
+    assert total["outcomes"]["label only"] == 3
+    assert total["median_psnr"] == 10
+    assert summary([]) == {}
+
+
+def test_baselines() -> None:
+    private, public = torch.rand(2, 3, 8, 8), torch.rand(6, 3, 8, 8)
+    public[4] = private[1]
+    drawn = baselines(private, public)
+    assert torch.equal(drawn["nearest"][1], private[1])
+    assert torch.equal(drawn["mean"][0], public.mean(0))
+    assert float(drawn["grey"].unique()) == 0.5
+
+
+@pytest.mark.parametrize("architecture", ["lenet-sigmoid", "lenet-strided-sigmoid-w4", "lenet", "resnet8-w4"])
+def test_one_label_by_its_sign(architecture: str) -> None:
+    for victim in victims(6, architecture=architecture):
+        assert tuple(infer_labels(victim.update, network_of(victim.update)).tolist()) == victim.labels
+        head = Head.of(victim.update)
+        if architecture == "lenet-sigmoid":  # features of one sign
+            assert by_sign(replace(head, bias=None)) == victim.labels[0]
+            assert by_smallest(head, 1).tolist() == list(victim.labels)
+
+
+@pytest.mark.parametrize("without", [(), ("fc.bias",)], ids=["bias", "rows alone"])
+def test_many_labels_by_their_counts(without: tuple[str, ...]) -> None:
+    """Several of a class, and classes that are absent."""
+    for victim in victims(1, architecture="lenet-strided-sigmoid-w4", batch_size=8):
+        values = {name: value for name, value in victim.update.values.items() if name not in without}
+        update = replace(victim.update, values=values)
+        found = infer_labels(update, network_of(update))
+        assert found.tolist() == sorted(victim.labels)
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(0, 4), min_size=2, max_size=6))
+def test_counts_from_exact_expectations(counts: list[int]) -> None:
+    images = sum(counts)
+    if images == 0:
+        return
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    torch.manual_seed(images)
+    logits, features = torch.randn(images, len(counts)), torch.ones(images, 5) * 0.5
+    error = (logits.softmax(1) - F.one_hot(labels, len(counts))) / images
+    head = Head(weight=error.T @ features, bias=error.sum(0))
+    probabilities = logits.softmax(1).mean(0)
+    assert by_counts(head, images, probabilities).tolist() == labels.tolist()
+    assert by_rows(head, images, probabilities, 2.5).tolist() == labels.tolist()
+    assert labels_of(torch.tensor(counts) + 0.3, images).tolist() == labels.tolist() or images > 3
+
+
+def test_labels_that_nobody_can_infer() -> None:
+    update: Update = victims(1)[0].update
+    body = {name: value for name, value in update.values.items() if not name.startswith("fc")}
+    with pytest.raises(UsageError, match='use labels="joint"'):
+        infer_labels(replace(update, values=body), network_of(update))
+    with pytest.raises(UsageError, match="cannot have different labels"):
+        by_smallest(Head(weight=torch.zeros(3, 4), bias=None), 4)
