@@ -103,7 +103,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "unknown method": (
         ["protect", "{clean}", "--out", "{out}", "--method", "em2"],
         2,
-        "Unknown method 'em2'; expected one of em, sem, rem, tap, lsp, ar, ops, cuda, random",
+        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, random",
     ),
     "unknown preset": (
         ["protect", "{clean}", "--out", "{out}", "--preset", "fast"],

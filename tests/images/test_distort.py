@@ -41,27 +41,29 @@ def coded(image: Tensor, quality: int) -> Tensor:
 @settings(deadline=None, max_examples=25)
 @given(quality=st.integers(1, 100), high=st.integers(1, 3), wide=st.integers(1, 3), seed=st.integers(0, 100))
 def test_jpeg_of_grey_images_is_pillow_s(quality: int, high: int, wide: int, seed: int) -> None:
-    x = smooth(1, (8 * high, 8 * wide), seed)[:, :1].expand(-1, 3, -1, -1)
-    difference = jpeg(x, torch.tensor([float(quality)]))[0] - coded(x[0], quality)
+    x = smooth(24, (8 * high, 8 * wide), seed)[:, :1].expand(-1, 3, -1, -1)
+    own = jpeg(x, torch.full((24,), float(quality)))
+    difference = (own - torch.stack([coded(image, quality) for image in x])).abs() * 255
     # Only where a frequency lies on the border of two steps may it be rounded the other way.
-    assert float((difference.abs() * 255 > 1.5).float().mean()) <= 1 / (high * wide)
+    assert float((difference > 1.5).float().mean()) < 0.2
+    assert float(difference.mean()) < 0.75
 
 
 @settings(deadline=None, max_examples=25)
 @given(
-    height=st.integers(8, 40),
-    width=st.integers(8, 40),
+    height=st.integers(5, 40),
+    width=st.integers(5, 40),
     quality=st.integers(10, 100),
     seed=st.integers(0, 100),
 )
 def test_jpeg_is_pillow_s_but_for_rounding(height: int, width: int, quality: int, seed: int) -> None:
-    x = smooth(2, (height, width), seed)
-    own = jpeg(x, torch.tensor([float(quality), 100.0]))
-    assert torch.equal(own[1], jpeg(x[1:], torch.tensor([100.0]))[0])  # each image by its own quality
-    for image, found, level in zip(x, own, (quality, 100), strict=True):
-        expected = coded(image, level)
-        done = float((expected - image).abs().mean()) * 255
-        assert float((found - expected).abs().mean()) * 255 < 0.5 + 0.25 * done
+    x = smooth(24, (height, width), seed)
+    own = jpeg(x, torch.tensor([float(quality)] * 23 + [100.0]))
+    assert torch.equal(own[-1], jpeg(x[-1:], torch.tensor([100.0]))[0])  # each image by its own quality
+    x, own = x[:-1], own[:-1]
+    expected = torch.stack([coded(image, quality) for image in x])
+    done = float((expected - x).abs().mean()) * 255
+    assert float((own - expected).abs().mean()) * 255 < 0.75 + 0.1 * done
 
 
 def test_jpeg_of_no_image() -> None:

@@ -44,14 +44,20 @@ def jpeg(x: Tensor, quality: Tensor) -> Tensor:
     """
     height, width = x.shape[2:]
     pixels = (x.float() * 255).round()
-    pixels = F.pad(pixels, (0, -width % 16, 0, -height % 16), mode="replicate")
+    # libjpeg fills up the right edge before it halves the chroma, and the lower edge, but for one row, afterwards.
+    pixels = F.pad(pixels, (0, -width % 16, 0, -height % 2), mode="replicate")
     ycc = _colours(pixels, FORWARD).round()
     scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).view(-1, 1, 1)
-    luma = _code(ycc[:, :1] - 128, _steps(LUMA, scale))
-    chroma = _code(F.avg_pool2d(ycc[:, 1:], 2).round(), _steps(CHROMA, scale))
+    luma = _code(_filled(ycc[:, :1] - 128), _steps(LUMA, scale))
+    chroma = _code(_filled(F.avg_pool2d(ycc[:, 1:], 2).round()), _steps(CHROMA, scale))
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
-    rgb = _colours(torch.cat((luma + 128, chroma), 1), BACK)
-    return rgb[:, :, :height, :width].round().clamp(0, 255) / 255
+    rgb = _colours(torch.cat((luma[:, :, :height] + 128, chroma[:, :, :height]), 1), BACK)
+    return rgb[:, :, :, :width].round().clamp(0, 255) / 255
+
+
+def _filled(planes: Tensor) -> Tensor:
+    """Repeat the last row until there are whole blocks."""
+    return F.pad(planes, (0, 0, 0, -planes.shape[2] % 8), mode="replicate")
 
 
 def _colours(x: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
