@@ -262,6 +262,8 @@ def run_speed(data: Path, device: str, count: int) -> None:
     for target in TARGETS:
         updates = [victim.update for victim in victims_of(images, target, range(count), "none")]
         for name, inversion in attacks.items():
+            replace(inversion, steps=2).invert(updates, runtime=runtime, together=count)  # warm up
+            plain_loop(updates[:1], name, 2)
             times = []
             for attack_all in (
                 partial(inversion.invert, updates, runtime=runtime, together=count),
