@@ -43,7 +43,7 @@ from protect import RESULTS, hardware
 TARGETS = ("lenet-strided-sigmoid", "lenet-sigmoid")
 DEFENCES = ("topk-90", "topk-99", "int8", "int4", "int3", "gaussian-0.01", "gaussian-0.1")
 SUCCESS = Success()
-CALIBRATION = 20  # steps that are timed to find how many fit
+CALIBRATION = 60  # steps that are timed to find how many fit: more than L-BFGS keeps
 
 Row = tuple[str, str, str]
 """Target, attack ("grnn", "grnn-faithful", "dlg", "idlg", "ig") and defence ("none")."""
@@ -82,8 +82,10 @@ def fitting(name: str, target: list[Victim], allowed: float, runtime: Runtime) -
         "idlg": DLG(steps=CALIBRATION, labels="infer"),
         "ig": IG(steps=CALIBRATION),
     }[name]
+    updates = [victim.update for victim in target]
+    replace(rival, steps=2).invert(updates, runtime=runtime)  # warm up
     started = seconds(runtime.device)
-    rival.invert([victim.update for victim in target], runtime=runtime)
+    rival.invert(updates, runtime=runtime)
     each = (seconds(runtime.device) - started) / CALIBRATION
     return replace(rival, steps=max(CALIBRATION, int(allowed / each)))
 
@@ -260,6 +262,8 @@ def run_speed(data: Path, device: str, count: int) -> None:
     for target in TARGETS:
         updates = [victim.update for victim in victims_of(images, target, range(count), "none")]
         for name, inversion in attacks.items():
+            replace(inversion, steps=2).invert(updates, runtime=runtime, together=count)  # warm up
+            plain_loop(updates[:1], name, 2)
             times = []
             for attack_all in (
                 partial(inversion.invert, updates, runtime=runtime, together=count),

@@ -157,7 +157,8 @@ def test_balanced_layers_weigh_the_inverse_of_their_length() -> None:
     found = evidence(CLEAN, balanced=True)
     lengths = [float(value.double().norm()) for value in CLEAN.values.values()]
     assert float(found.energy[0]) == pytest.approx(sum(lengths), rel=1e-6)
-    assert not evidence(create_defence("gaussian-0.1").apply(CLEAN), balanced=True).weights
+    noisy = evidence(create_defence("gaussian-0.1").apply(CLEAN), balanced=True)
+    assert all(bool((weight == 1).all()) for weight in noisy.weights.values())
 
 
 def test_defences_have_an_order() -> None:
