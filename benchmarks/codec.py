@@ -213,8 +213,9 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"One core of {here['processor']} ({here['cores']} cores), Python {here['python']}, numpy {here['numpy']}, "
         f"Numba {here['numba']}. Speed in MB of float32 model a second of *processor* time, the best of up to "
-        f"{REPEATS} runs; codecs with error feedback store a residual, but have none to add to this first message. "
-        f"Other jobs ran on the machine (load average {before} before, {after} after).",
+        f"{REPEATS} runs; codecs with error feedback store a residual, but have none to add to this first "
+        "message. Other jobs ran on the machine (load average "
+        f"{before} before, {after} after).",
     ]
     for name, entry in found["networks"].items():
         lines += [

@@ -25,7 +25,7 @@ from privet.federation.rans import (
 )
 from privet.federation.rice import read_rice, write_rice
 from privet.federation.selection import FLOOR, largest, select
-from privet.federation.wire import Reader, Section, crc32c, unpack
+from privet.federation.wire import Reader, Section, crc32c, pack, unpack
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -302,6 +302,18 @@ def test_levels_are_ascending_and_float16(numbers: list[float], quantiser: objec
     assert -149 <= exponent <= 127 and len(values) <= 64 and levels.max() < len(values)
     order = np.argsort(numbers, kind="stable")
     assert (np.diff(levels[order].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0x7E00, 0xFC00, 0x0000, 0x4000])  # infinity, NaN, -infinity, 0, 2
+def test_levels_that_are_no_numbers_are_refused(bits: int) -> None:
+    update: Update = {"w": heavy(5000)}
+    header, sections = unpack(DHQ().encode(update, budget="20%"))
+    levels = sections[Section.LEVELS]
+    assert levels[0] == 4  # then an exponent of two bytes, and four float16 numbers
+    for at in (3, 5, 7, 9):
+        damaged = levels[:at] + bits.to_bytes(2, "little") + levels[at + 2 :]
+        with pytest.raises(CodecError, match="Expected levels above 0 and ascending"):
+            decode(pack(header, sections | {Section.LEVELS: damaged}), Schema.of(update))
 
 
 @pytest.mark.parametrize(

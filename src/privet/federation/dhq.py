@@ -76,9 +76,8 @@ class DHQ(SparseCodec):
         if not sections:
             return Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
         index = read_positions(sections, schema)
-        if set(sections) - {Section.RICE, Section.CONTEXT} != {Section.LEVELS, Section.SYMBOLS} or not len(
-            index
-        ):
+        others = set(sections) - {Section.RICE, Section.CONTEXT}
+        if others != {Section.LEVELS, Section.SYMBOLS} or not len(index):
             raise CodecError("Expected positions, levels and symbols.")
         sharing = list(groups(index, schema))
         books, rule, table = _read_levels(sections[Section.LEVELS], len(sharing))
