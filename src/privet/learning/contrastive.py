@@ -3,9 +3,9 @@
 The encoder never sees a label: it learns to tell two views of one image from the views of all others. A
 linear layer on its frozen features then learns the labels, and is measured on clean images.
 
-The probe learns from the images that the encoder learned from. Whoever found protected files has no others; the papers
-on protections against such learners fit it on clean labelled images instead, and so measure the encoder
-alone (`probe` does that too, given such images).
+The probe learns from the images that the encoder learned from: whoever found protected files has no others. The
+authors of contrastive poisoning (arXiv 2202.11202) fit it to clean images instead, and so measure the encoder alone;
+`probe` does that too, given such images.
 """
 
 from __future__ import annotations

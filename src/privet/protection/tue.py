@@ -25,10 +25,10 @@ class TUE(UCL):
     stopped by it. Here the noise also lowers `class_separation`: the noise of a class becomes a cluster that
     a straight line tells from the others.
 
-    Deviations: as for `UCL`; the surrogate trains by SGD. The gradient of the spread inside classes
-    counts, as the paper's formula has it; the authors' code leaves it out. Their command for SimCLR also gives
-    the contrastive loss no weight in the noise, which then depends on no surrogate at all; here it
-    has the weight 1, as in their command for MoCo.
+    Deviations: as for `UCL`, without its class-wise rounds; the surrogate trains by SGD. The gradient of the
+    spread inside classes counts, as the paper's formula has it; the authors' code leaves it out. Their command
+    for SimCLR also gives the contrastive loss no weight in the noise, which then depends on no surrogate at
+    all; here it has the weight 1, as in their command for MoCo.
 
     Attributes:
         separation: weight of the class-wise separability.
