@@ -14,10 +14,12 @@ from torch import nn
 from privet.errors import MissingExtraError, UsageError
 from privet.models import cnn, densenet, mobilenetv2, resnet, vgg, vit
 from privet.models.blocks import Scaled
+from privet.models.keyed_stem import KeyedStem
 from privet.models.weights import SavedModel, load_backbone, load_model, save_model
 
 __all__ = [
     "ARCHITECTURES",
+    "KeyedStem",
     "SavedModel",
     "create_model",
     "family",
