@@ -14,6 +14,7 @@ from rich.markup import escape
 from privet.cli.audit import audit
 from privet.cli.doctor import doctor
 from privet.cli.learn import learn
+from privet.cli.license import license
 from privet.cli.prior import prior
 from privet.cli.protect import protect
 from privet.cli.recover import recover
@@ -28,7 +29,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="Exit codes:\n\n" + "\n".join(f"- {code}: {words}" for code, words in EXIT_CODES.items()),
 )
-for verb in (protect, recover, prior, audit, learn, show, doctor):
+for verb in (protect, recover, prior, audit, learn, license, show, doctor):
     app.command(verb)
 
 messages = Console(stderr=True, highlight=False)

@@ -15,6 +15,7 @@ from privet.errors import OK, MissingExtraError
 
 EXTRAS = {
     "timm": ("timm", "networks by timm's names"),
+    "cryptography": ("licensing", "signed releases and licences"),
     "sklearn": ("demo", "the demonstration's images"),
 }
 

@@ -144,7 +144,9 @@ class KeyedStem(nn.Module):
 
     def apply_to(self, pixels: Tensor) -> Tensor:
         """Do as `forward` to a whole image set, uint8, a part at a time."""
-        return torch.cat([self(part) for part in pixels.split(CHUNK)]) if len(pixels) else pixels.clone()
+        return torch.cat(
+            [self(pixels[start : start + CHUNK]) for start in range(0, max(1, len(pixels)), CHUNK)]
+        )
 
     def project(self, delta: Tensor, pixels: Tensor, *, epsilon: int) -> Tensor:
         """Return the nearest perturbation that the stem takes away, within a budget, and that never clips.
@@ -173,7 +175,7 @@ class KeyedStem(nn.Module):
     def spread(self, amplitude: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the perturbations of these amplitudes: (..., groups) to (..., 3, height, width)."""
         _, _, _, groups, sign = self._table(size, amplitude.device)
-        return (amplitude[..., groups] * sign).unflatten(-1, (3, *size))
+        return (amplitude[..., groups] * sign).reshape(*amplitude.shape[:-1], 3, *size)
 
     def bounds(self, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least and the greatest amplitude of each group that keeps every value's bounds.
