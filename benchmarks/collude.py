@@ -2,7 +2,7 @@
 
     python benchmarks/collude.py        CIFAR-10 and synthetic images: minutes on a core
 
-Protected images carry noise of 8/255 inside a keyed stem (groups of 4 values in tiles of 8 pixels); 200 licensees have
+Protected images carry noise of 8/255 inside a keyed stem (groups of 4 values in tiles of 8 pixels); 120 licensees have
 copies, of whom so many pool theirs. A false accusation is allowed with a probability of 1e-6. Every row is one
 line of results/collude.jsonl: how many of the guilty, and of the innocent, were named. One run a row.
 The data are Parquet in the hub's layout, in the folder that PRIVET_DATA names.
@@ -27,7 +27,7 @@ from privet.models import KeyedStem
 from privet.seeds import generator
 
 RESULTS = Path(__file__).parent / "results" / "collude.jsonl"
-LICENSEES = 200
+LICENSEES = 120
 POOLS = (1, 2, 3, 5, 10, 20, 50, 100)
 Attack = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -67,7 +67,7 @@ ATTACKS: dict[str, Attack] = {
 
 def main() -> None:
     """Measure every row and write them."""
-    cifar = open_images(Path(os.environ["PRIVET_DATA"]) / "cifar10/train.parquet", limit=100)
+    cifar = open_images(Path(os.environ["PRIVET_DATA"]) / "cifar10/train.parquet", limit=50)
     grain = torch.randint(0, 256, cifar.pixels.shape, generator=generator(0, "grain"), dtype=torch.uint8)
     sets = {"cifar10": cifar, "synthetic": cifar.with_pixels(grain)}
     stem = KeyedStem.from_key(bytes(range(32)))
@@ -84,7 +84,7 @@ def main() -> None:
                     for n in range(max(POOLS))
                 ]
             )
-            for count in (1, 10, 100) if name == "cifar10" else (10,):
+            for count in (1, 10, 50) if name == "cifar10" else (10,):
                 for attack, pool in ((attack, pool) for attack in ATTACKS for pool in POOLS):
                     random = generator(0, attack, pool, count)
                     pixels = ATTACKS[attack](copies[:pool, :count], random)
