@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,6 +124,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], type[PrivetError], str]] = {
     "a missing file": (lambda f: image_of(f).unlink(), FileListError, "0/0000.png in .*: missing"),
     "one too many": (lambda f: (f / "0/new.png").write_bytes(b""), FileListError, "not part of the release"),
     "a link": (lambda f: (f / "link").symlink_to("/"), FileListError, "not a regular file"),
+    "no utf-8": (lambda f: Path(os.fsdecode(os.fsencode(f) + b"/\xff")).touch(), FileListError, "not UTF-8"),
     "no manifest": (lambda f: (f / NAME).unlink(), ManifestError, "Get the whole release"),
     "another name": (manifest_byte, ManifestError, "is not what the vendor .* signed"),
     "a newer format": (newer, VersionError, "'privet-release-2'; this privet knows privet-release-1"),

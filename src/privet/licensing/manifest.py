@@ -157,6 +157,10 @@ def list_files(folder: Path) -> Iterator[str]:
             path = Path(place, name)
             if not stat.S_ISREG(path.lstat().st_mode):
                 raise FileListError(f"{path} is not a regular file; a release has only such.")
+            if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+                raise FileListError(
+                    f"{str(path)!r} has a name that is not UTF-8, which JSON cannot hold. Rename it."
+                )
             found.append(path.relative_to(folder).as_posix())
     yield from (path for path in sorted(found) if path != NAME)
 

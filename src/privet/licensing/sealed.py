@@ -95,10 +95,10 @@ def unseal(data: bytes, passphrase: str, *, name: str = "The file") -> bytes:
         raise BundleError(f"{name} is damaged: its checksum does not fit. Get it again.")
     if not 1 <= work <= MOST_WORK:
         raise BundleError(f"{name} asks for a scrypt cost of 2^{work}; expected at most 2^{MOST_WORK}.")
+    cipher = _cipher(passphrase, salt, work)
     from cryptography.exceptions import InvalidTag
 
     try:
-        cipher = _cipher(passphrase, salt, work)
         return cipher.decrypt(nonce, data[HEADER.size : -CHECKSUM], data[: HEADER.size])
     except InvalidTag:
         raise PassphraseError(f"The passphrase does not open {name}.") from None
