@@ -19,7 +19,7 @@ __version__ = VERSION
 
 _HOMES = {
     "images": ("Budget", "ImageSet", "open_images", "write_images"),
-    "models": ("create_model", "load_model", "save_model"),
+    "models": ("KeyedStem", "create_model", "load_model", "save_model"),
     "learning": (
         "Job",
         "Learner",
@@ -46,6 +46,7 @@ _HOMES = {
         "publish",
     ),
     "recovery": ("Recovery", "create_recovery", "restore"),
+    "licensing": ("Licence", "Vendor", "load_licence", "read_licence"),
     "audit": ("Audit", "Plan", "plan", "run_audit"),
     "report": ("write_report",),
     "errors": ("PrivetError",),
@@ -78,6 +79,11 @@ if TYPE_CHECKING:
     from privet.learning import load_update as load_update
     from privet.learning import save_update as save_update
     from privet.learning import study as study
+    from privet.licensing import Licence as Licence
+    from privet.licensing import Vendor as Vendor
+    from privet.licensing import load_licence as load_licence
+    from privet.licensing import read_licence as read_licence
+    from privet.models import KeyedStem as KeyedStem
     from privet.models import create_model as create_model
     from privet.models import load_model as load_model
     from privet.models import save_model as save_model

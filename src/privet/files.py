@@ -19,8 +19,10 @@ WORKSPACE = ".privet"
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` if the block succeeds.
+
+    A private file has mode 0600 from its first byte on.
 
     Raises:
         OutputError: the folder cannot be written (permission, no space, a file in its place).
@@ -32,7 +34,8 @@ def atomic(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        if not private:
+            temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"Cannot write {path}: {error.strerror or error}.") from error
@@ -41,9 +44,9 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, atomically."""
-    with atomic(path) as temporary:
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write `data` to `path`, atomically; a private file has mode 0600."""
+    with atomic(path, private=private) as temporary:
         temporary.write_bytes(data)
 
 

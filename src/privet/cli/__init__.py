@@ -16,6 +16,7 @@ from privet.cli.codec import codec
 from privet.cli.doctor import doctor
 from privet.cli.invert import invert
 from privet.cli.learn import learn
+from privet.cli.license import license
 from privet.cli.prior import prior
 from privet.cli.protect import protect
 from privet.cli.recover import recover
@@ -30,7 +31,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="Exit codes:\n\n" + "\n".join(f"- {code}: {words}" for code, words in EXIT_CODES.items()),
 )
-for verb in (protect, recover, prior, audit, invert, learn, codec, show, doctor):
+for verb in (protect, recover, prior, audit, invert, learn, license, codec, show, doctor):
     app.command(verb)
 
 messages = Console(stderr=True, highlight=False)

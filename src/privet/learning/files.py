@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from privet.errors import InputError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json, sha256
@@ -33,6 +35,7 @@ def study(
     split: str | None = None,
     test_split: str | None = None,
     limit: int | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
     progress: Progress = silent,
 ) -> Learned:
     """Train a learner on files and write learner.safetensors and run.json into `out`.
@@ -48,6 +51,7 @@ def study(
         split: of the training images.
         test_split: of the test images.
         limit: use only so many training images.
+        transform: done to the stored pixels of both sets, uint8, (images, 3, height, width), before all else.
         progress: told about images.
 
     Raises:
@@ -57,6 +61,9 @@ def study(
     clean = align(
         open_images(test, size=images.size, split=test_split, progress=progress), images.class_names
     )
+    if transform is not None:
+        images = images.with_pixels(transform(images.pixels))
+        clean = clean.with_pixels(transform(clean.pixels))
     weights = learner.weights
     if weights is not None and not weights.is_file():
         raise InputError(f"There is no weights file {weights}.")

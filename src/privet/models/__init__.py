@@ -16,11 +16,13 @@ from torch import nn
 from privet.errors import MissingExtraError, UsageError
 from privet.models import cnn, densenet, lenet, mobilenetv2, resnet, vgg, vit
 from privet.models.blocks import Scaled, relu
+from privet.models.keyed_stem import KeyedStem
 from privet.models.projection import PREFIX, with_projection
 from privet.models.weights import SavedModel, load_backbone, load_model, save_model
 
 __all__ = [
     "ARCHITECTURES",
+    "KeyedStem",
     "SavedModel",
     "create_model",
     "family",

@@ -51,7 +51,7 @@ def load_model(path: Path) -> tuple[nn.Module, SavedModel]:
     """
     from privet.models import create_model
 
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     if KEY not in metadata:
         raise InputError(
             f"{path} holds weights, but does not say of which network. Expected a file that privet "
@@ -68,7 +68,7 @@ def load_model(path: Path) -> tuple[nn.Module, SavedModel]:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"{path} has a broken description of its network: {error!r}.") from error
     model = create_model(about.architecture, classes=len(about.class_names), size=about.size)
-    missing = _load(model, tensors, path)
+    missing = load_tensors(model, tensors, path)
     if missing:
         raise InputError(f"{path} lacks {len(missing)} tensors of {about.architecture}: {missing[0]}, ...")
     return model.eval(), about
@@ -83,9 +83,9 @@ def load_backbone(path: Path, model: nn.Module) -> list[str]:
     Raises:
         InputError: the file cannot be read, or less than half of the network's weights are in it.
     """
-    tensors, _ = _read(path)
+    tensors, _ = read_tensors(path)
     state = _state(model)
-    missing = _load(model, tensors, path)
+    missing = load_tensors(model, tensors, path)
     kept = sum(state[name].numel() for name in missing)
     total = sum(value.numel() for value in state.values())
     if kept > total / 2:
@@ -102,7 +102,12 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _load(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> list[str]:
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> list[str]:
+    """Put the tensors that fit into `model`, and return the names of its own that none fitted.
+
+    Raises:
+        InputError: NaN or infinity; the message names `path`.
+    """
     missing = []
     for name, value in _state(model).items():
         given = tensors.get(name)
@@ -115,7 +120,12 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> list[str]
     return missing
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a safetensors file's tensors by name, and its metadata.
+
+    Raises:
+        InputError: it is not a whole one.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -1,0 +1,374 @@
+"""privet license: sign a release, issue licences for it, check both, train with one, trace a leaked copy."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich import print as say
+from rich.markup import escape
+
+from privet.cli.screen import progress
+from privet.errors import OK, InputError, UsageError
+
+license = App(
+    name="license",
+    help="Sign a release, issue licences for it, check both, train with one, trace a leaked copy.",
+)
+
+
+@license.command
+def keygen(folder: Path, /, *, passphrase_file: Path | None = None) -> int:
+    """Draw a vendor's keys: vendor.key, sealed with a passphrase and private, and vendor.pub for everybody.
+
+    Parameters
+    ----------
+    folder
+        New folder for the keys; later also for what licences are made of, and the ledger of licences.
+    passphrase_file
+        A file whose first line is the vendor's passphrase (default: asked for).
+    """
+    from privet.licensing import Vendor
+    from privet.licensing.keys import key_id
+
+    vendor = Vendor.create(folder, _passphrase(passphrase_file, "New passphrase of the vendor", twice=True))
+    say(f"Keys written to {escape(str(folder))}; the vendor's public name is {key_id(vendor.public)}.")
+    say("Keep vendor.key and its passphrase apart, each with a copy. Give vendor.pub to everybody.")
+    return OK
+
+
+@license.command
+def release(
+    folder: Path,
+    /,
+    *,
+    keys: Path,
+    name: str,
+    stem: bool = False,
+    stem_group: int = 4,
+    stem_tile: int = 8,
+    stem_grey: bool = False,
+    clean: str | None = None,
+    weights: Path | None = None,
+    recipe: Path | None = None,
+    audit: Path | None = None,
+    passphrase_file: Path | None = None,
+) -> int:
+    """Make a release of a folder of protected files: sign what is in it, and commit to what licences will hold.
+
+    Parameters
+    ----------
+    folder
+        What was protected; gets release.json.
+    keys
+        The vendor's folder.
+    name
+        Of the release, never used before: its keys follow from it.
+    stem
+        The release has a keyed stem. That the stem fits is checked.
+    stem_group
+        Values in a group of the stem.
+    stem_tile
+        Side of the stem's tile, in pixels.
+    stem_grey
+        The stem moves the channels together; for grey files.
+    clean
+        The originals, for the check of the stem.
+    weights
+        Secret initial weights, as a file that privet saved.
+    recipe
+        A JSON file with settings for training (architecture, epochs, learning_rate, ...).
+    audit
+        The report.json of these files' audit; its hash is signed with the rest.
+    passphrase_file
+        A file whose first line is the vendor's passphrase (default: asked for).
+    """
+    from privet.files import read_json
+    from privet.licensing import StemPlan, Vendor
+    from privet.licensing import release as make
+
+    passphrase = _passphrase(passphrase_file, "Passphrase of the vendor")
+    vendor = Vendor.open(keys, passphrase)
+    with progress() as listener:
+        manifest = make(
+            folder,
+            vendor,
+            name,
+            passphrase,
+            stem=StemPlan(group=stem_group, tile=stem_tile, grey=stem_grey) if stem else None,
+            clean=clean,
+            weights=weights,
+            recipe=read_json(recipe) if recipe else None,
+            audit=audit,
+            progress=listener,
+        )
+    say(f"Release {escape(name)}: {len(manifest.files):,} files signed, root {manifest.merkle_root[:16]}.")
+    if audit is None:
+        say("It names no audit: nobody has measured who learns from it.")
+    return OK
+
+
+@license.command
+def issue(
+    name: str,
+    /,
+    *,
+    keys: Path,
+    licensee: str,
+    out: Path,
+    expires: str | None = None,
+    copy: Path | None = None,
+    protected: Path | None = None,
+    clean: str | None = None,
+    vendor_passphrase_file: Path | None = None,
+    passphrase_file: Path | None = None,
+) -> int:
+    """Write a licensee's licence and, with --copy, a copy of the files that can be traced to them.
+
+    Parameters
+    ----------
+    name
+        Of the release.
+    keys
+        The vendor's folder.
+    licensee
+        Who gets it.
+    out
+        The licence file to write; mode 0600.
+    expires
+        Last day, YYYY-MM-DD. privet refuses the licence after it; nothing else can.
+    copy
+        New folder for the licensee's own fingerprinted copy; needs --protected and --clean.
+    protected
+        The release's folder.
+    clean
+        The originals, around which the budget is kept.
+    vendor_passphrase_file
+        A file whose first line is the vendor's passphrase (default: asked for).
+    passphrase_file
+        A file whose first line shall open the licence (default: asked for).
+    """
+    from privet.licensing import Vendor, make_copy
+    from privet.licensing import issue as make
+
+    if copy is not None and (protected is None or clean is None):
+        raise UsageError(
+            "A copy is made of the release's folder and the originals: give --protected and --clean."
+        )
+    vendor_passphrase = _passphrase(vendor_passphrase_file, "Passphrase of the vendor")
+    vendor = Vendor.open(keys, vendor_passphrase)
+    passphrase = _passphrase(passphrase_file, f"New passphrase for {licensee}", twice=True)
+    licence = make(
+        vendor,
+        name,
+        vendor_passphrase,
+        licensee=licensee,
+        passphrase=passphrase,
+        out=out,
+        expires=expires,
+        copied=copy is not None,
+    )
+    say(f"Licence of {escape(licensee)} for {escape(name)} written to {escape(str(out))}")
+    if copy is not None and protected is not None and clean is not None:
+        from privet.cli.screen import written
+        from privet.learning import Runtime
+
+        here = Runtime.find("cpu", "float32")
+        with progress(here.rank) as listener:
+            made = make_copy(protected, clean, licence, vendor, copy, runtime=here, progress=listener)
+        return written(made, f"fingerprinted as copy {licence.terms.copy}", rank=here.rank)
+    return OK
+
+
+@license.command
+def verify(
+    folder: Path,
+    /,
+    *,
+    vendor: Path | None = None,
+    licence: Path | None = None,
+    passphrase_file: Path | None = None,
+) -> int:
+    """Check that a release is what its vendor signed, and that a licence belongs to it and has not expired.
+
+    Parameters
+    ----------
+    folder
+        The release.
+    vendor
+        The vendor's vendor.pub; may be left out with a licence, which holds it.
+    licence
+        The licence to check.
+    passphrase_file
+        A file whose first line opens the licence (default: asked for).
+    """
+    from privet.licensing import read_licence, read_public
+    from privet.licensing import verify as check
+
+    public = read_public(vendor) if vendor else None
+    opened = None
+    if licence is not None:
+        opened = read_licence(
+            licence, _passphrase(passphrase_file, "Passphrase of the licence"), public=public
+        )
+    with progress() as listener:
+        found = check(folder, public=public, licence=opened, progress=listener)
+    manifest = found.manifest
+    say(f"{len(manifest.files):,} files ({found.images:,} images) are as the vendor signed them.")
+    if opened is not None:
+        until = f"until {opened.terms.expires}" if opened.terms.expires else "without a last day"
+        say(f"The licence of {escape(opened.terms.licensee)} holds for {escape(manifest.release)} {until}.")
+    if manifest.audit is None:
+        say("The release names no audit: nobody has measured who learns from it.")
+    return OK
+
+
+@license.command
+def train(
+    folder: Path,
+    /,
+    *,
+    test: str,
+    licence: Path,
+    out: Path,
+    vendor: Path | None = None,
+    passphrase_file: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "bf16",
+    compile: bool = False,
+) -> int:
+    """Check a release and a licence, then train with the licence's recipe, stem and initial weights.
+
+    A killed run goes on when the same command is given again.
+
+    Parameters
+    ----------
+    folder
+        The release.
+    test
+        Clean images of the same classes.
+    licence
+        The licence for this release.
+    out
+        New folder for learner.safetensors and run.json.
+    vendor
+        The vendor's vendor.pub (default: the key in the licence).
+    passphrase_file
+        A file whose first line opens the licence (default: asked for).
+    seed
+        The same seed gives the same network.
+    device
+        auto, cpu or cuda.
+    precision
+        bf16 or float32.
+    compile
+        Use torch.compile; worth it for long runs on a GPU.
+    """
+    from privet.learning import Runtime
+    from privet.licensing import read_licence, read_public
+    from privet.licensing import train as work
+
+    public = read_public(vendor) if vendor else None
+    opened = read_licence(licence, _passphrase(passphrase_file, "Passphrase of the licence"), public=public)
+    here = Runtime.find(device, precision, compile=compile)
+    with progress(here.rank) as listener:
+        learned = work(folder, test, opened, out, runtime=here, public=public, seed=seed, progress=listener)
+    if here.rank == 0:
+        behind = ", behind the licence's stem" if opened.stem else ""
+        say(
+            f"{learned.accuracy:.1%} on clean images after the last epoch{behind}. Written to {escape(str(out))}"
+        )
+    return OK
+
+
+@license.command
+def trace(
+    leaked: str,
+    /,
+    *,
+    protected: str,
+    keys: Path,
+    name: str,
+    false_accusations: float = 1e-6,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    passphrase_file: Path | None = None,
+) -> int:
+    """Say from whose copy leaked images come, and how probable a false accusation is at most.
+
+    Parameters
+    ----------
+    leaked
+        Images that were found, under whatever names.
+    protected
+        The release's folder: the files before any copy was marked.
+    keys
+        The vendor's folder.
+    name
+        Of the release.
+    false_accusations
+        The probability of accusing anybody innocent that is accepted.
+    as_json
+        Print JSON.
+    passphrase_file
+        A file whose first line is the vendor's passphrase (default: asked for).
+    """
+    from privet.licensing import Vendor, find_leak
+
+    passphrase = _passphrase(passphrase_file, "Passphrase of the vendor")
+    vendor = Vendor.open(keys, passphrase)
+    with progress() as listener:
+        found = find_leak(
+            leaked,
+            protected,
+            vendor,
+            name,
+            passphrase,
+            false_accusations=false_accusations,
+            progress=listener,
+        )
+    if as_json:
+        rows = [
+            {
+                "licensee": licensee,
+                "copy": suspect.copy,
+                "score": suspect.score,
+                "false_accusation": suspect.false_accusation,
+                "guilty": suspect.guilty,
+            }
+            for licensee, suspect in found
+        ]
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False) + "\n")
+        return OK
+    guilty = [(licensee, suspect) for licensee, suspect in found if suspect.guilty]
+    for licensee, suspect in guilty:
+        say(
+            f"{escape(licensee)} (copy {suspect.copy}): score {suspect.score:.1f}; were they innocent, this would "
+            f"happen with a probability of at most {suspect.false_accusation:.1e}."
+        )
+    if not guilty:
+        say(f"No copy can be named: {len(found)} compared, highest score {found[0][1].score:.1f}.")
+    return OK
+
+
+def _passphrase(file: Path | None, prompt: str, *, twice: bool = False) -> str:
+    """Return a passphrase from a file's first line or from the terminal; never from the command line."""
+    if file is not None:
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"Cannot read a passphrase from {file}.") from error
+        found = lines[0] if lines else ""
+    elif not sys.stdin.isatty():
+        raise UsageError("There is no terminal to ask for a passphrase; give a file that holds it.")
+    else:
+        found = getpass.getpass(f"{prompt}: ")
+        if twice and getpass.getpass("Once more: ") != found:
+            raise UsageError("The two passphrases differ.")
+    if not found:
+        raise UsageError("Expected a passphrase, got an empty one.")
+    return found

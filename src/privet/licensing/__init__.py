@@ -1,0 +1,33 @@
+"""Licensing: a release that is signed, licences for it, checks of both, and whose copy leaked."""
+
+from privet.licensing.fingerprint import Suspect, mark, trace
+from privet.licensing.keys import Vendor, read_public
+from privet.licensing.licence import Licence, Terms, load_licence, read_licence, write_licence
+from privet.licensing.manifest import Manifest, read_manifest, write_manifest
+from privet.licensing.train import train
+from privet.licensing.vendor import StemPlan, find_leak, issue, make_copy, release
+from privet.licensing.verify import Verified, verify
+
+__all__ = [
+    "Licence",
+    "Manifest",
+    "StemPlan",
+    "Suspect",
+    "Terms",
+    "Vendor",
+    "Verified",
+    "find_leak",
+    "issue",
+    "load_licence",
+    "make_copy",
+    "mark",
+    "read_licence",
+    "read_manifest",
+    "read_public",
+    "release",
+    "trace",
+    "train",
+    "verify",
+    "write_licence",
+    "write_manifest",
+]

@@ -1,0 +1,141 @@
+"""Check a release against its manifest, and a licence against the release."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from privet.errors import (
+    ChangedFileError,
+    FileListError,
+    OtherReleaseError,
+    ReencodedError,
+    UsageError,
+    WrongLicenceError,
+)
+from privet.files import sha256
+from privet.licensing.licence import Licence
+from privet.licensing.manifest import FileRecord, Manifest, list_files, pixels_digest, read_manifest
+from privet.parallel import ordered
+from privet.progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A release that holds.
+
+    Attributes:
+        manifest: what its vendor signed.
+        images: how many of its files are images.
+    """
+
+    manifest: Manifest
+    images: int
+
+
+def verify(
+    folder: Path,
+    *,
+    public: bytes | None = None,
+    licence: Licence | None = None,
+    today: datetime.date | None = None,
+    workers: int = 4,
+    progress: Progress = silent,
+) -> Verified:
+    """Check a release, and that a licence belongs to it and has not expired.
+
+    Args:
+        folder: the published folder.
+        public: the vendor's key; may be left out with a licence, which holds it.
+        licence: the licence to check, or None.
+        today: by default today, UTC.
+        workers: files read at a time.
+        progress: told about files.
+
+    Raises:
+        ManifestError, VersionError: the manifest is not what this vendor signed.
+        FileListError: a file is missing, or one too many.
+        ChangedFileError, ReencodedError: a file is not the one that was signed.
+        OtherReleaseError, WrongLicenceError, ExpiredError: the licence does not hold for this release.
+        UsageError: neither a key nor a licence: anybody could have signed.
+    """
+    if public is None:
+        if licence is None:
+            raise UsageError(
+                "Expected the vendor's public key or a licence: without, anybody could have signed."
+            )
+        public = bytes.fromhex(licence.terms.public_key)
+    manifest = read_manifest(folder, public=public)
+    _check_list(folder, manifest)
+    _check_files(folder, manifest, workers, progress)
+    if licence is not None:
+        _check_licence(manifest, licence)
+        licence.terms.check_date(today)
+    return Verified(
+        manifest=manifest, images=sum(record.pixels is not None for record in manifest.files.values())
+    )
+
+
+def _check_list(folder: Path, manifest: Manifest) -> None:
+    there = set(list_files(folder))
+    for found, what in (
+        (set(manifest.files) - there, "missing"),
+        (there - set(manifest.files), "not part of the release"),
+    ):
+        if found:
+            raise FileListError(f"{_some(sorted(found))} in {folder}: {what}. Get the whole release again.")
+
+
+def _check_files(folder: Path, manifest: Manifest, workers: int, progress: Progress) -> None:
+    def look(path: str) -> tuple[str, FileRecord | None]:
+        data = (folder / path).read_bytes()
+        if sha256(data) == manifest.files[path].sha256:
+            return path, None
+        return path, FileRecord(sha256=sha256(data), pixels=pixels_digest(data))
+
+    damaged: list[str] = []
+    same: list[str] = []
+    other: list[str] = []
+    for done, (_, (path, found)) in enumerate(ordered(look, sorted(manifest.files), workers), start=1):
+        progress("verifying", done, len(manifest.files))
+        if found is None:
+            continue
+        if found.pixels is None:
+            damaged.append(path)
+        else:
+            (same if found.pixels == manifest.files[path].pixels else other).append(path)
+    if damaged:
+        raise ChangedFileError(f"{_some(damaged)}: the bytes are not those that were signed. Get them again.")
+    if other:
+        raise ReencodedError(
+            f"{_some(other)}: other pixels than were signed; resaved, resized or compressed images do not fit the "
+            "licence any more. Get them again."
+        )
+    if same:
+        raise ReencodedError(
+            f"{_some(same)}: written anew. The pixels are those that were signed, the files are not. Get them again."
+        )
+
+
+def _check_licence(manifest: Manifest, licence: Licence) -> None:
+    terms = licence.terms
+    if terms.release != manifest.release:
+        raise OtherReleaseError(
+            f"The licence is for the release {terms.release!r}; this is {manifest.release!r}."
+        )
+    if terms.public_key != manifest.public_key:
+        raise WrongLicenceError("The licence is another vendor's than the release.")
+    if manifest.copy is not None and terms.copy != manifest.copy:
+        raise WrongLicenceError(
+            f"This is the copy {manifest.copy}; the licence goes with {terms.copy or 'the public release'}."
+        )
+    if licence.commitments != dict(manifest.commitments):
+        raise WrongLicenceError(
+            "The licence does not hold what the manifest commits to. Ask the vendor for the right one."
+        )
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more

@@ -1,0 +1,167 @@
+"""The whole workflow on the command line, and that no key is ever shown."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from privet.cli import main
+from privet.images import write_images
+from privet.licensing import Vendor, read_licence, sealed
+from tests.conftest import blobs
+from tests.licensing.conftest import World, protect, publish
+
+WORDS = {"ours": "a phrase of the vendor's", "theirs": "a phrase of the licensee's"}
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    seal = sealed.seal
+
+    def easy(content: bytes, passphrase: str, *, work: int = 0) -> bytes:
+        return seal(content, passphrase, work=4)
+
+    monkeypatch.setattr(sealed, "seal", easy)
+
+
+def contains(haystack: bytes, secret: bytes) -> bool:
+    ways = [secret, secret.hex().encode(), secret.hex().upper().encode(), repr(secret)[2:-1].encode()]
+    for offset in range(3):  # wherever it may lie in a longer base64 text
+        text = base64.b64encode(b"\0" * offset + secret)
+        whole = text[4 if offset else 0 : len(text) - 4]
+        ways += [whole, whole.replace(b"+", b"-").replace(b"/", b"_")]
+    return any(way in haystack for way in ways)
+
+
+def test_the_search_finds_what_it_looks_for() -> None:
+    secret = bytes(range(200, 232))
+    for text in (
+        b"x" + secret,
+        f"key {secret.hex()}".encode(),
+        str(secret).encode(),
+        base64.b64encode(b"ab" + secret + b"c"),
+        base64.urlsafe_b64encode(b"a" + secret),
+    ):
+        assert contains(text, secret)
+    assert not contains(bytes(1000), secret)
+
+
+def test_from_keys_to_a_leak(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRIVET_DEBUG", "")
+    for name, words in WORDS.items():
+        (tmp_path / name).write_text(words + "\n")
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    keys, clean, folder = tmp_path / "vendor", tmp_path / "clean", tmp_path / "protected"
+    shown = ""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        nonlocal shown
+        result = main([str(one) for one in ("license", *arguments)])
+        captured = capfd.readouterr()
+        shown += captured.out + captured.err
+        assert result == code, captured.err
+        assert "Traceback" not in captured.out + captured.err
+        return captured.out + captured.err
+
+    assert "public name" in run("keygen", keys, "--passphrase-file", ours)
+    vendor = Vendor.open(keys, WORDS["ours"])
+    images = blobs(12)
+    write_images(images, images, clean, workers=1)
+    publish(images, protect(images, vendor, "cats"), folder)
+    (tmp_path / "recipe.json").write_text('{"architecture": "cnn-w4", "epochs": 1, "batch_size": 6}')
+
+    made = ("release", folder, "--keys", keys, "--name", "cats", "--passphrase-file", ours)
+    stem = ("--stem", "--clean", clean, "--recipe", tmp_path / "recipe.json")
+    assert "Through the stem" in run(*made, *stem, "--stem-group", 6, code=20)
+    assert "names no audit" in run(*made, *stem)
+    give = ("issue", "cats", "--keys", keys, "--vendor-passphrase-file", ours, "--passphrase-file", theirs)
+    assert "give --protected and --clean" in run(
+        *give, "--licensee", "Ada", "--out", tmp_path / "a", "--copy", tmp_path / "c", code=2
+    )
+    for name, more in (("Ada", ("--expires", "2100-01-01")), ("Bo", ())):
+        out = run(
+            *give, "--licensee", name, "--out", tmp_path / f"{name}.licence", *more,
+            "--copy", tmp_path / f"{name}-copy", "--protected", folder, "--clean", clean,
+        )  # fmt: skip
+        assert "12 images fingerprinted as copy" in out
+
+    licence = ("--licence", tmp_path / "Ada.licence", "--passphrase-file", theirs)
+    out = run("verify", tmp_path / "Ada-copy", *licence, "--vendor", keys / "vendor.pub")
+    assert "The licence of Ada holds for cats until 2100-01-01." in out and "(12 images)" in out
+    assert "as the vendor signed" in run("verify", folder, "--vendor", keys / "vendor.pub")
+    assert "goes with" in run("verify", tmp_path / "Bo-copy", *licence, code=29)
+    assert "anybody could have signed" in run("verify", folder, code=2)
+    assert "does not open" in run(
+        "verify", folder, "--licence", tmp_path / "Ada.licence", "--passphrase-file", ours, code=27
+    )
+    options = ("--device", "cpu", "--precision", "float32")
+    out = run("train", tmp_path / "Ada-copy", "--test", clean, *licence, "--out", tmp_path / "net", *options)
+    assert "behind the licence's stem" in out and (tmp_path / "net/learner.safetensors").exists()
+
+    look = ("--protected", folder, "--keys", keys, "--name", "cats", "--passphrase-file", ours)
+    out = run("trace", tmp_path / "Bo-copy", *look)
+    assert "Bo (copy" in out and "Ada" not in out and "probability of at most" in out
+    rows = json.loads(run("trace", tmp_path / "Bo-copy", *look, "--json").splitlines()[0])
+    assert [(row["licensee"], row["guilty"]) for row in rows] == [("Bo", True), ("Ada", False)]
+    assert "No copy can be named: 2 compared" in run("trace", clean, *look)
+
+    torn = (tmp_path / "Ada.licence").read_bytes()[:-5]
+    (tmp_path / "torn").write_bytes(torn)
+    assert "truncated" in run(
+        "verify", folder, "--licence", tmp_path / "torn", "--passphrase-file", theirs, code=26
+    )
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    assert "no terminal to ask" in run("keygen", tmp_path / "more", code=2)
+
+    opened = read_licence(tmp_path / "Ada.licence", WORDS["theirs"])
+    secrets = {
+        "secret": vendor._secret,
+        "signing": vendor._signing,
+        "salt": opened.salt,
+        "stem": vendor._derive("stem", "cats"),
+        "fingerprint": vendor.fingerprint("cats", str(opened.terms.copy)),
+        "pattern": opened.tensors["stem/group"].numpy().tobytes()[:32],
+        **{name: words.encode() for name, words in WORDS.items()},
+    }
+    written = {
+        path: path.read_bytes()
+        for path in sorted(tmp_path.rglob("*"))
+        if path.is_file() and path.name not in WORDS
+    }
+    assert len(written) > 50
+    for name, secret in secrets.items():
+        assert not contains(shown.encode(), secret), name
+        for path, data in written.items():
+            assert not contains(data, secret), f"{name} in {path}"
+
+
+@pytest.mark.parametrize("verb", ["keygen", "release", "issue", "verify", "train", "trace"])
+def test_every_verb_has_help(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["license", verb, "--help"]) == 0
+    assert f"Usage: privet license {verb}" in capfd.readouterr().out
+
+
+def test_errors_show_no_key(made: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where something breaks that nobody foresaw, and the error's text is printed."""
+    import traceback
+
+    vendor = made.vendor
+
+    def broken(*_: object, **__: object) -> None:
+        raise LookupError("lost")
+
+    monkeypatch.setattr("privet.licensing.vendor.measure", broken)
+    from privet.licensing import StemPlan, release
+
+    with pytest.raises(LookupError) as caught:
+        release(made.folder, vendor, "x", "p", stem=StemPlan(), clean=made.root / "clean")
+    text = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "vendor = Vendor(" in text
+    for secret in (vendor._secret, vendor._signing):
+        assert not contains(text.encode(), secret)
