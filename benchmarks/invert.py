@@ -32,10 +32,11 @@ from privet.leakage.attack import attack
 from privet.leakage.client import network_of
 from privet.leakage.defences import create_defence
 from privet.leakage.labels import infer_labels
-from privet.leakage.measure import Success, baselines, bounds, psnr
+from privet.leakage.measure import Success, baselines, psnr
 from privet.leakage.regularise import squared_variation, total_variation
 from privet.leakage.victims import Victim, simulate
 from privet.learning import Runtime, Update
+from privet.learning.confidence import clopper_pearson
 from privet.learning.update import short
 from privet.models import create_model
 from protect import RESULTS, hardware
@@ -176,7 +177,7 @@ def markdown(lines: Sequence[dict[str, Any]], images: ImageSet, data: Path) -> s
                 continue
             ratios = [one["psnr"] for one in chosen]
             hits = sum(one["outcome"] == "recovered" for one in chosen)
-            low, high = bounds(hits, len(chosen))
+            low, high = clopper_pearson(hits, len(chosen))
             text.append(
                 f"| {target} | {name} | {defence} | {'' if defence == 'none' else 'yes' if aware else 'no'} "
                 f"| {len(chosen)} | {statistics.median(ratios):.1f} | {min(ratios):.1f} | {max(ratios):.1f} "

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import blobs
 
 from privet.audit.flags import Facts, Flag, PriorFacts, find_flags
-from privet.audit.statistics import Row, Spread, chance, interval, kept, recovered, rows, select
+from privet.audit.statistics import Row, Spread, chance, kept, recovered, rows, select
 from privet.audit.store import Cell, Plan, plan
 from privet.audit.verdict import Verdict, describe, judge
 from privet.errors import UsageError
@@ -214,17 +214,6 @@ def test_spread_and_chance() -> None:
     assert spread.sd == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
     assert Spread(values=(0.5,)).sd is None
     assert chance(blobs(7)) == pytest.approx(3 / 7)
-
-
-def test_interval_covers_what_it_says() -> None:
-    random = np.random.default_rng(0)
-    inside = 0
-    for _ in range(400):
-        low, high = interval(random.binomial(200, 0.3) / 200, 200)
-        inside += low <= 0.3 <= high
-    assert inside >= 0.93 * 400
-    assert interval(0.0, 10)[0] == 0 and interval(1.0, 10)[1] == 1
-    assert interval(0.5, 100) == (pytest.approx(0.3983, abs=1e-4), pytest.approx(0.6017, abs=1e-4))
 
 
 def test_rows_are_selected_by_what_they_are() -> None:

@@ -26,7 +26,7 @@ from privet.leakage.labels import (
     infer_labels,
     labels_of,
 )
-from privet.leakage.measure import Found, Success, baselines, bounds, judge, match, psnr, ssim
+from privet.leakage.measure import Found, Success, baselines, judge, match, psnr, ssim
 from privet.learning import Update
 
 
@@ -115,14 +115,6 @@ def test_either_threshold_is_enough() -> None:
         (Success(psnr=90, ssim=0.999), "label only"),
     ):
         assert judge(result(darker, [0]), private, [0], success)[0].outcome == outcome
-
-
-@pytest.mark.parametrize(
-    ("hits", "trials", "low", "high"),
-    [(0, 20, 0, 0.16843), (20, 20, 0.83157, 1), (10, 20, 0.27196, 0.72804), (1, 10, 0.00253, 0.44502)],
-)
-def test_clopper_pearson_from_tables(hits: int, trials: int, low: float, high: float) -> None:
-    assert bounds(hits, trials) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 def test_a_victim_counts_if_any_of_its_images_came_out() -> None:

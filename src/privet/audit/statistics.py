@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from privet.audit.store import DATA, Cell, Plan
 from privet.images import ImageSet
@@ -109,11 +108,3 @@ def recovered(accuracy: float, protected: float, clean: float) -> float | None:
     0 is nothing and 1 all; below 0 the recovery does harm. None where the protection took nothing away.
     """
     return (accuracy - protected) / (clean - protected) if clean > protected else None
-
-
-def interval(accuracy: float, count: int) -> tuple[float, float]:
-    """Return the 95 % Clopper-Pearson interval of an accuracy measured on `count` images."""
-    right = round(accuracy * count)
-    low = stats.beta.ppf(0.025, right, count - right + 1) if right else 0.0
-    high = stats.beta.ppf(0.975, right + 1, count - right) if right < count else 1.0
-    return float(low), float(high)

@@ -22,13 +22,13 @@ from privet.leakage.measure import (
     Found,
     Success,
     baselines,
-    bounds,
     judge,
     match,
     psnr,
     ssim,
 )
 from privet.leakage.victims import Victim, threat_model
+from privet.learning.confidence import clopper_pearson
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.update import Treatment
 from privet.progress import Progress, silent
@@ -118,7 +118,7 @@ def summary(found: Sequence[Sequence[Found]]) -> dict[str, Any]:
         "victims": len(found),
         "victims_recovered": hit,
         "share": hit / len(found),
-        "bounds": bounds(hit, len(found)),
+        "bounds": clopper_pearson(hit, len(found)),
         "images": len(images),
         "outcomes": {outcome: outcomes[outcome] for outcome in OUTCOMES},
         "labels_right": sum(one.label for one in images),

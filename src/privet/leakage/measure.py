@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -116,13 +115,6 @@ def _outcome(reconstruction: Reconstruction, *, recovered: bool, label: bool) ->
     if unexplained > UNMATCHED:
         return "attack failed", f"{unexplained:.0%} of the gradient was left unexplained"
     return "attack failed", "the gradient was found, but with another image"
-
-
-def bounds(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % Clopper-Pearson interval of a probability."""
-    low = stats.beta.ppf(0.025, successes, trials - successes + 1) if successes else 0.0
-    high = stats.beta.ppf(0.975, successes + 1, trials - successes) if successes < trials else 1.0
-    return float(low), float(high)
 
 
 def baselines(private: Tensor, public: Tensor) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 
 from privet.audit import Audit
-from privet.audit.statistics import interval, recovered, select
+from privet.audit.statistics import recovered, select
 from privet.audit.verdict import describe
 from privet.files import write_bytes, write_json
 from privet.images.montage import montage, png
+from privet.learning.confidence import clopper_pearson
 from privet.report.plots import NAMES, accuracy_bars, learning_curves
 from privet.report.strips import strips
 
@@ -123,6 +124,7 @@ def render(report: dict[str, Any], *, pictures: bytes, recovered: bytes | None) 
     names = report["run"]["plan"]["recoveries"]
     recoveries = [{"name": name, "words": describe(name), "short": name} for name in names]
     chance, count = report["images"]["chance"], report["images"]["test"]
+    low, high = clopper_pearson(count // 2, count)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("privet.report"),
         autoescape=True,
@@ -136,7 +138,7 @@ def render(report: dict[str, Any], *, pictures: bytes, recovered: bytes | None) 
         **report,
         table=_table(report),
         names=NAMES,
-        uncertainty=max(high - low for low, high in [interval(0.5, count)]) / 2,
+        uncertainty=(high - low) / 2,
         bars=accuracy_bars(report["grid"], recoveries, chance),
         curves=learning_curves(report["grid"], recoveries, chance),
         pictures=base64.b64encode(pictures).decode(),
