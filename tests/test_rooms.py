@@ -1,0 +1,46 @@
+"""Imports run one way: every room stands on the floors below it, and the method rooms do not know each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import privet
+
+ROOT = Path(privet.__file__).parent
+GROUND = {"images", "models"}
+LEARNING = GROUND | {"learning"}
+METHODS = {"protection", "recovery", "federation", "leakage"}
+# Of each room, those that it may import.
+BELOW = {
+    "images": set[str](),
+    "models": set[str](),
+    "learning": GROUND,
+    **dict.fromkeys(METHODS, LEARNING),
+    "licensing": LEARNING | METHODS,
+    "audit": LEARNING | METHODS | {"licensing"},
+    "report": LEARNING | METHODS | {"licensing", "audit"},
+    "cli": LEARNING | METHODS | {"licensing", "audit", "report"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the rooms that a file imports, wherever in it."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        rooms |= {name.split(".")[1] for name in names if name.startswith("privet.")}
+    return rooms & BELOW.keys()
+
+
+def test_every_room_is_known() -> None:
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == BELOW.keys()
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_imports_run_downwards(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        assert imported(path) <= BELOW[room] | {room}, path
