@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.errors import UsageError
+from privet.errors import CodecError, UsageError
 from privet.federation.budget import Budget
 from privet.federation.dense import write_dense
-from privet.federation.schema import Schema, Values
+from privet.federation.schema import Schema, Tensor, Values
 from privet.federation.state import Index, SenderState
-from privet.federation.wire import Header, Section, Sections, frame_bytes, pack
+from privet.federation.wire import Header, Reader, Section, Sections, frame_bytes, pack
 from privet.seeds import derive
 
 
@@ -116,3 +116,26 @@ class Codec(ABC):
         Raises:
             CodecError: they hold nothing of this schema.
         """
+
+
+def values_only(sections: Sections, schema: Schema) -> Reader:
+    """Return a reader of the only section of a codec that sends every value; it is absent if there is none.
+
+    Raises:
+        CodecError: there are other sections.
+    """
+    if set(sections) != ({Section.VALUES} if schema.size else set()):
+        raise CodecError("Expected values and nothing else.")
+    return Reader(sections.get(Section.VALUES, b""))
+
+
+def tensor_by_tensor(sections: Sections, schema: Schema, read: Callable[[Reader, Tensor], Values]) -> Decoded:
+    """Return what `read` takes off the only section for each compressed tensor, one after the other.
+
+    Raises:
+        CodecError: there are other sections, or bytes are left; and as `read`.
+    """
+    reader = values_only(sections, schema)
+    parts = [read(reader, tensor) for tensor in schema.compressed]
+    reader.end()
+    return Decoded(np.concatenate([np.zeros(0, np.float32), *parts]))

@@ -72,9 +72,7 @@ class DHQ(SparseCodec):
         return {Section.RICE: plain}
 
     @classmethod
-    def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:
-        if not sections:
-            return Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
+    def _read(cls, sections: Sections, schema: Schema) -> Decoded:
         index = read_positions(sections, schema)
         others = set(sections) - {Section.RICE, Section.CONTEXT}
         if others != {Section.LEVELS, Section.SYMBOLS} or not len(index):

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.errors import CodecError, UsageError
-from privet.federation.base import Codec, Decoded
-from privet.federation.fp16 import values_only
+from privet.federation.base import Codec, Decoded, values_only
 from privet.federation.rice import pack, unpack_from
 from privet.federation.schema import Schema, Values
 from privet.federation.wire import Section, Sections

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from privet.errors import CodecError
-from privet.federation.base import Codec, Decoded
+from privet.federation.base import Codec, Decoded, values_only
 from privet.federation.schema import Schema, Values, finite
-from privet.federation.wire import Reader, Section, Sections
+from privet.federation.wire import Section, Sections
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,3 @@ class FP16(Codec):
         if not finite(values):
             raise CodecError("Expected finite values.")
         return Decoded(values)
-
-
-def values_only(sections: Sections, schema: Schema) -> Reader:
-    """Return a reader of the only section of a codec that sends every value; it is absent if there is none.
-
-    Raises:
-        CodecError: there are other sections.
-    """
-    if set(sections) != ({Section.VALUES} if schema.size else set()):
-        raise CodecError("Expected values and nothing else.")
-    return Reader(sections.get(Section.VALUES, b""))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from privet.federation.base import Codec, Decoded
+from privet.federation.base import Codec, Decoded, tensor_by_tensor
 from privet.federation.dense import read_bytes, write_bytes
-from privet.federation.fp16 import values_only
 from privet.federation.schema import Schema, Values
 from privet.federation.wire import Section, Sections
 
@@ -26,7 +23,6 @@ class Int8(Codec):
 
     @classmethod
     def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:
-        reader = values_only(sections, schema)
-        parts = [read_bytes(reader, tensor.size, tensor.name) for tensor in schema.compressed]
-        reader.end()
-        return Decoded(np.concatenate([np.zeros(0, np.float32), *parts]))
+        return tensor_by_tensor(
+            sections, schema, lambda reader, tensor: read_bytes(reader, tensor.size, tensor.name)
+        )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from privet.errors import CodecError, UsageError
-from privet.federation.base import Codec, Decoded
-from privet.federation.fp16 import values_only
+from privet.federation.base import Codec, Decoded, values_only
 from privet.federation.rice import Numbers, pack, read_unary, unpack_from, write_unary
 from privet.federation.schema import Schema, Values
 from privet.federation.wire import Reader, Section, Sections, varint

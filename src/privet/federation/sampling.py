@@ -61,16 +61,8 @@ class Linear:
         return self.start + (self.end - self.start) * min(1.0, round / self.rounds)
 
 
-@dataclass(frozen=True)
-class Cosine:
+class Cosine(Linear):
     """From `start` to `end` along half a cosine over `rounds`, then `end`."""
-
-    start: float = 1.0
-    end: float = 0.05
-    rounds: int = 100
-
-    def __post_init__(self) -> None:
-        _check(self.start, self.end, self.rounds)
 
     def fraction(self, round: int) -> float:
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, round / self.rounds)))

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from privet.errors import CodecError
-from privet.federation.base import Codec, Decoded
-from privet.federation.fp16 import values_only
-from privet.federation.schema import Schema, Values
-from privet.federation.wire import Section, Sections
+from privet.federation.base import Codec, Decoded, tensor_by_tensor
+from privet.federation.schema import Schema, Tensor, Values
+from privet.federation.wire import Reader, Section, Sections
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,12 @@ class ScaledSign(Codec):
 
     @classmethod
     def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:
-        reader = values_only(sections, schema)
-        parts = [np.zeros(0, np.float32)]
-        for tensor in schema.compressed:
-            scale = reader.scale()
-            negative = np.unpackbits(np.frombuffer(reader.take(-(-tensor.size // 8), tensor.name), np.uint8))
-            if negative[tensor.size :].any():
-                raise CodecError(f"Expected zeros behind the last sign of {tensor.name}.")
-            parts.append(np.where(negative[: tensor.size], -scale, scale).astype(np.float32))
-        reader.end()
-        return Decoded(np.concatenate(parts))
+        return tensor_by_tensor(sections, schema, _read)
+
+
+def _read(reader: Reader, tensor: Tensor) -> Values:
+    scale = reader.scale()
+    negative = np.unpackbits(np.frombuffer(reader.take(-(-tensor.size // 8), tensor.name), np.uint8))
+    if negative[tensor.size :].any():
+        raise CodecError(f"Expected zeros behind the last sign of {tensor.name}.")
+    return np.where(negative[: tensor.size], -scale, scale).astype(np.float32)

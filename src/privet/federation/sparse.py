@@ -16,11 +16,12 @@ from privet.federation.selection import Index, select
 from privet.federation.wire import Reader, Sections, frame_bytes, varint
 
 USUAL = Budget(fraction=0.01)
+NOTHING = Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
 TRIALS = 12  # of a count that fills a budget of bytes
 
 
 class SparseCodec(Codec):
-    """A codec that sends the values at some positions; it implements `_write` and `_decompress`."""
+    """A codec that sends the values at some positions; it implements `_write` and `_read`."""
 
     feedback = True
 
@@ -31,7 +32,7 @@ class SparseCodec(Codec):
         if budget.bytes is None:
             assert budget.fraction is not None
             return self._keep(values, schema, max(1, math.ceil(budget.fraction * schema.size - 1e-9)))
-        best: tuple[Sections, Decoded] = {}, Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
+        best: tuple[Sections, Decoded] = {}, NOTHING
         fits, fails = 0, schema.size + 1
         count = max(1, min(schema.size, (budget.bytes - frame_bytes(others)) * 8 // 10))
         for _ in range(TRIALS):
@@ -54,7 +55,7 @@ class SparseCodec(Codec):
     def _keep(self, values: Values, schema: Schema, count: int) -> tuple[Sections, Decoded]:
         index = self._select(values, schema, count)
         if not len(index):
-            return {}, Decoded(np.zeros(0, np.float32), index)
+            return {}, NOTHING
         sections, told = self._write(values[index], index, schema)
         return sections, Decoded(told, index)
 
@@ -64,6 +65,15 @@ class SparseCodec(Codec):
     @abstractmethod
     def _write(self, kept: Values, index: Index, schema: Schema) -> tuple[Sections, Values]:
         """Return the sections of values at these positions, and what the values are decoded to."""
+
+    @classmethod
+    def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:
+        return cls._read(sections, schema) if sections else NOTHING
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, sections: Sections, schema: Schema) -> Decoded:
+        """Return what `_write` wrote; errors as `_decompress`."""
 
 
 def write_gaps(index: Index, schema: Schema) -> bytes:

@@ -34,9 +34,7 @@ class STC(GlobalTop):
         )
 
     @classmethod
-    def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:
-        if not sections:
-            return Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
+    def _read(cls, sections: Sections, schema: Schema) -> Decoded:
         index = cls._positions(sections, schema)
         reader = Reader(sections[Section.VALUES])
         mean = reader.scale()

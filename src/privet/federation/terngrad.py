@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from privet.errors import CodecError, UsageError
-from privet.federation.base import Codec, Decoded
-from privet.federation.fp16 import values_only
-from privet.federation.schema import Schema, Values
-from privet.federation.wire import Section, Sections
+from privet.federation.base import Codec, Decoded, tensor_by_tensor
+from privet.federation.schema import Schema, Tensor, Values
+from privet.federation.wire import Reader, Section, Sections
 
 _POWERS = 3 ** np.arange(5)
 _DIGITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)  # of each byte below 243
@@ -48,16 +47,16 @@ class TernGrad(Codec):
 
     @classmethod
     def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:
-        reader = values_only(sections, schema)
-        parts = [np.zeros(0, np.float32)]
-        for tensor in schema.compressed:
-            scale = reader.scale()
-            packed = np.frombuffer(reader.take(-(-tensor.size // 5), tensor.name), np.uint8)
-            if int(packed.max()) >= 243:
-                raise CodecError(f"Expected five of three values a byte in {tensor.name}.")
-            digits = _DIGITS[packed].ravel()
-            if digits[tensor.size :].any():
-                raise CodecError(f"Expected zeros behind the last value of {tensor.name}.")
-            parts.append(digits[: tensor.size] * scale)
-        reader.end()
-        return Decoded(np.concatenate(parts))
+        return tensor_by_tensor(sections, schema, _read)
+
+
+def _read(reader: Reader, tensor: Tensor) -> Values:
+    scale = reader.scale()
+    packed = np.frombuffer(reader.take(-(-tensor.size // 5), tensor.name), np.uint8)
+    if int(packed.max()) >= 243:
+        raise CodecError(f"Expected five of three values a byte in {tensor.name}.")
+    digits = _DIGITS[packed].ravel()
+    if digits[tensor.size :].any():
+        raise CodecError(f"Expected zeros behind the last value of {tensor.name}.")
+    values: Values = digits[: tensor.size] * scale
+    return values

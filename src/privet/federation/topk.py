@@ -49,9 +49,7 @@ class TopK(GlobalTop):
         return {Section.RICE: write_gaps(index, schema), Section.VALUES: data}, told
 
     @classmethod
-    def _decompress(cls, sections: Sections, schema: Schema) -> Decoded:
-        if not sections:
-            return Decoded(np.zeros(0, np.float32), np.zeros(0, np.int64))
+    def _read(cls, sections: Sections, schema: Schema) -> Decoded:
         index = cls._positions(sections, schema)
         reader = Reader(sections[Section.VALUES])
         exponent = read_exponent(reader)
