@@ -12,17 +12,17 @@ import privet
 ROOT = Path(privet.__file__).parent
 GROUND = {"images", "models"}
 LEARNING = GROUND | {"learning"}
-METHODS = {"protection", "recovery", "federation", "leakage"}
+METHODS = ("protection", "recovery", "federation", "leakage")  # a tuple: every test worker must see one order
 # Of each room, those that it may import.
 BELOW = {
     "images": set[str](),
     "models": set[str](),
     "learning": GROUND,
-    **dict.fromkeys(sorted(METHODS), LEARNING),  # in one order in every process: the tests are told apart by it
-    "licensing": LEARNING | METHODS,
-    "audit": LEARNING | METHODS | {"licensing"},
-    "report": LEARNING | METHODS | {"licensing", "audit"},
-    "cli": LEARNING | METHODS | {"licensing", "audit", "report"},
+    **dict.fromkeys(METHODS, LEARNING),
+    "licensing": LEARNING | set(METHODS),
+    "audit": LEARNING | set(METHODS) | {"licensing"},
+    "report": LEARNING | set(METHODS) | {"licensing", "audit"},
+    "cli": LEARNING | set(METHODS) | {"licensing", "audit", "report"},
 }
 
 
