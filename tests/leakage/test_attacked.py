@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from privet.errors import InputError, OutputError, UsageError
 from privet.images import ImageSet
 from privet.leakage import IG
 from privet.leakage.attack import attack, write_attack
-from privet.leakage.victims import simulate, threat_model
+from privet.leakage.victims import Victim, simulate, threat_model
 from privet.learning import Runtime, save_update
 from privet.models import create_model
 
@@ -32,13 +34,33 @@ def test_what_was_treated_is_attacked_twice(runtime: Runtime) -> None:
     assert len(attack(victims(2, defence="int8"), IG(steps=3, aware=False), runtime=runtime)) == 1
 
 
-def test_the_same_run_is_not_repeated_over_another(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, source = victims(1), {"source": "blocks"}
-    write_attack(tmp_path / "out", found, IG(steps=2), runtime=runtime, source=source)
-    before = (tmp_path / "out" / "report.json").read_bytes()
-    with pytest.raises(OutputError, match="another settings"):
-        write_attack(tmp_path / "out", found, IG(steps=3), runtime=runtime, source=source)
-    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    first = write_attack(tmp_path, found, IG(steps=2), runtime=runtime, source=source)
+    monkeypatch.setattr("privet.leakage.attack.attack", lambda *_, **__: pytest.fail("repeated"))
+    assert write_attack(tmp_path, found, IG(steps=2), runtime=runtime, source=source) == first
+
+
+def test_a_folder_belongs_to_one_run(runtime: Runtime, tmp_path: Path) -> None:
+    found, source = victims(1), {"source": "blocks"}
+    write_attack(tmp_path, found, IG(steps=2), runtime=runtime, source=source)
+    before = (tmp_path / "report.json").read_bytes()
+    unseen = replace(found[0], images=None)
+    dimmed = replace(found[0], images=found[0].images * 0.5)  # type: ignore[operator]
+    others: list[tuple[list[Victim], int, dict[str, Any], str]] = [
+        (found, 3, {}, "settings"),
+        (found, 2, {"hide": True}, "hide"),
+        (found, 2, {"public": blocks(2).pixels.float() / 255}, "victims"),
+        (victims(2), 2, {}, "victims"),
+        ([unseen], 2, {}, "victims"),
+        ([dimmed], 2, {}, "victims"),
+    ]
+    for other, steps, changed, differs in others:
+        with pytest.raises(OutputError, match=f"with another {differs}[.]"):
+            write_attack(tmp_path, other, IG(steps=steps), runtime=runtime, source=source, **changed)
+    assert (tmp_path / "report.json").read_bytes() == before
 
 
 def test_the_threat_model_in_words() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import statistics
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from privet.files import claim, finish, write_bytes, write_json
+from privet.files import claim, finish, json_line, read_json, write_bytes, write_json
 from privet.images.montage import montage, png
 from privet.leakage.base import Inversion, Reconstruction
 from privet.leakage.measure import (
@@ -31,6 +32,7 @@ from privet.leakage.victims import Victim, threat_model
 from privet.learning.confidence import clopper_pearson
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.update import Treatment
+from privet.learning.update_files import contents
 from privet.progress import Progress, silent
 from privet.version import VERSION
 
@@ -175,7 +177,7 @@ def write_attack(
     hide: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Attack, and write report.json and pairs.png into `out`; return the report.
+    """Attack, and write report.json and pairs.png into `out`; return the report. A finished run is not repeated.
 
     Args:
         out: a new folder.
@@ -199,16 +201,27 @@ def write_attack(
         "source": source,
         "success": asdict(success),
         "seed": seed,
+        "hide": hide,
+        "victims": _digest(victims, public),
         "device": describe_device(runtime.device, torch.get_num_threads()),
         "torch": torch.__version__,
     }
-    claim(out, run)
-    attacks = attack(victims, inversion, runtime=runtime, success=success, seed=seed, progress=progress)
-    result = {**run, **report(victims, attacks, success, public)}
-    write_json(out / REPORT, result)
-    write_bytes(out / PICTURE, png(montage(_pairs(victims, attacks, hide=hide))))
-    finish(out, run, {})
-    return result
+    if not claim(out, run):
+        attacks = attack(victims, inversion, runtime=runtime, success=success, seed=seed, progress=progress)
+        write_json(out / REPORT, {**run, **report(victims, attacks, success, public)})
+        write_bytes(out / PICTURE, png(montage(_pairs(victims, attacks, hide=hide))))
+        finish(out, run, {})
+    return read_json(out / REPORT)
+
+
+def _digest(victims: Sequence[Victim], public: Tensor | None) -> str:
+    """Return a hash of everything that is known of the victims, and of the public images."""
+    digest = hashlib.sha256()
+    for victim in victims:
+        digest.update(json_line({**contents(victim.update)[0], "truth": victim.labels}))
+    for images in (*(victim.images for victim in victims), public):
+        digest.update(b"" if images is None else images.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _victim(result: Reconstruction, found: Sequence[Found]) -> dict[str, Any]:
@@ -232,10 +245,7 @@ def _baselines(private: Tensor, public: Tensor, success: Success) -> dict[str, A
     for name, drawn in baselines(private, public).items():
         ratios = psnr(drawn, private).tolist()
         similar = ssim(drawn, private)
-        hits = sum(
-            ratio >= success.psnr or (other is not None and other >= success.ssim)
-            for ratio, other in zip(ratios, similar, strict=True)
-        )
+        hits = sum(map(success.met, ratios, similar))
         rows[name] = {"median_psnr": statistics.median(ratios), "recovered": hits, "images": len(ratios)}
     return rows
 

@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Defence(ABC):
     def name(self) -> str:
         """The name that `create_defence` takes."""
 
+    @abstractmethod
     def apply(self, update: Update, *, seed: int = 0) -> Update:
         """Return the update as it is sent, with its treatment on record.
 
@@ -40,6 +42,13 @@ class Defence(ABC):
         Raises:
             UsageError: an earlier treatment stands later in the order that records can say.
         """
+
+
+class Single(Defence):
+    """A defence that does one thing; it implements `_apply`."""
+
+    @final
+    def apply(self, update: Update, *, seed: int = 0) -> Update:
         if ORDER.index(type(self)) <= max(_done(update.treatment), default=-1):
             raise UsageError(
                 f"{self.name} comes too late: a record can say clipping, noise, top-k and rounding, each once "
@@ -57,7 +66,7 @@ class Defence(ABC):
 
 
 @dataclass(frozen=True)
-class Clip(Defence):
+class Clip(Single):
     """All values are scaled down together to at most this L2 norm."""
 
     norm: float
@@ -75,7 +84,7 @@ class Clip(Defence):
 
 
 @dataclass(frozen=True)
-class Noise(Defence):
+class Noise(Single):
     """Independent noise on every value: normal with this standard deviation, or Laplace with this scale b."""
 
     kind: str
@@ -99,7 +108,7 @@ class Noise(Defence):
 
 
 @dataclass(frozen=True)
-class TopK(Defence):
+class TopK(Single):
     """The smallest values of all, this share of them in percent, are not sent."""
 
     dropped: float
@@ -119,7 +128,7 @@ class TopK(Defence):
 
 
 @dataclass(frozen=True)
-class Quantise(Defence):
+class Quantise(Single):
     """Each tensor is rounded to 2^(bits - 1) - 1 equal steps either side of zero."""
 
     bits: int
@@ -141,7 +150,7 @@ class Quantise(Defence):
 
 
 @dataclass(frozen=True)
-class Sign(Defence):
+class Sign(Single):
     """Only the sign of each value is sent."""
 
     name = "sign"
@@ -167,13 +176,8 @@ class Several(Defence):
             update = part.apply(update, seed=seed)
         return update
 
-    def _apply(
-        self, values: Tensors, treatment: Treatment, random: torch.Generator
-    ) -> tuple[Tensors, Treatment]:
-        raise NotImplementedError
 
-
-ORDER: tuple[type[Defence], ...] = (Clip, Noise, TopK, Quantise, Sign)
+ORDER: tuple[type[Single], ...] = (Clip, Noise, TopK, Quantise, Sign)
 # What makes a defence of its number, and the range of the number.
 NUMBERED: dict[str, tuple[Callable[[float], Defence], float, float]] = {
     "clip": (Clip, 1e-9, 1e9),

@@ -10,10 +10,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from privet.images.similarity import WINDOW
 from privet.leakage.base import Reconstruction
+from privet.leakage.problem import FAILED
 
 EXACT = 100.0  # dB, the most that is told apart
-WINDOW = 11  # SSIM's, in pixels; smaller images have no SSIM
 UNMATCHED = 0.1  # a gradient that leaves more than this share unexplained was not found
 
 OUTCOMES = ("recovered", "label only", "underdetermined", "attack failed")
@@ -30,6 +31,10 @@ class Success:
 
     psnr: float = 20.0
     ssim: float = 0.6
+
+    def met(self, psnr: float, ssim: float | None) -> bool:
+        """Say whether an image as similar as this counts."""
+        return psnr >= self.psnr or (ssim is not None and ssim >= self.ssim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ def judge(
     ):
         right = left[label] > 0
         left[label] -= right
-        recovered = ratio >= success.psnr or (similarity is not None and similarity >= success.ssim)
+        recovered = success.met(ratio, similarity)
         outcome, reason = _outcome(reconstruction, recovered=recovered, label=right)
         founds.append(Found(outcome=outcome, psnr=ratio, ssim=similarity, label=right, reason=reason))
     return founds
@@ -104,7 +109,7 @@ def judge(
 
 def _outcome(reconstruction: Reconstruction, *, recovered: bool, label: bool) -> tuple[str, str]:
     if reconstruction.failed:
-        return "attack failed", reconstruction.end.removeprefix("failed: ")
+        return "attack failed", reconstruction.end.removeprefix(FAILED)
     if recovered:
         return "recovered", ""
     if label:

@@ -29,6 +29,13 @@ def save_update(folder: Path, update: Update) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
+    facts, data = contents(update)
+    write_bytes(folder / TENSORS, data)
+    write_json(folder / RECORD, facts)
+
+
+def contents(update: Update) -> tuple[dict[str, Any], bytes]:
+    """Return a record as JSON values, which name the tensors' hash, and the tensors as safetensors."""
     names = [entry.name for entry in fields(update) if entry.name not in GROUPS]
     facts = {name: getattr(update, name) for name in names} | {"treatment": asdict(update.treatment)}
     tensors = {
@@ -37,8 +44,7 @@ def save_update(folder: Path, update: Update) -> None:
         for name, tensor in getattr(update, group).items()
     }
     data = safetensors.torch.save(tensors)
-    write_bytes(folder / TENSORS, data)
-    write_json(folder / RECORD, {"format": FORMAT, "tensors": sha256(data), **facts})
+    return {"format": FORMAT, "tensors": sha256(data), **facts}, data
 
 
 def load_update(folder: Path) -> Update:
