@@ -59,6 +59,11 @@ class SenderState:
                 f"{self.patience} and {self.clip}."
             )
 
+    @property
+    def told(self) -> tuple[Index, Values] | None:
+        """Where the last message told values, and what they were before they became levels; None if it told all."""
+        return None if self._index is None or self._told is None else (self._index, self._told)
+
     def begin(self, *, round: int, base: int = 0, accepted: int | None) -> None:
         """Begin a round; `accepted` is this sender's last round that the receiver accepted, or None."""
         if not (0 <= round < 2**32 and 0 <= base < 2**32):

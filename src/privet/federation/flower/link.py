@@ -1,0 +1,194 @@
+"""What the two ends of a federation say to each other in Flower's messages.
+
+Everything of ours in a message is one array of an own kind that holds messages of a codec, and one ConfigRecord.
+An array costs Flower hundreds of bytes whatever its size, so a model compressed to a hundredth must not
+travel as one array a tensor.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from privet.errors import CodecError
+from privet.federation.schema import FLOATS, Schema, Update
+
+Arrays = dict[str, NDArray[Any]]
+
+KEY = "privet"
+STYPE = "privet/1"
+LAW = "privet."  # before the names of what a node says of its values among its metrics
+PROTOCOL = 1
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the server says with a model.
+
+    Attributes:
+        greeting: the server asks for the node's name and does not want it to train.
+        round: of the federation.
+        version: of the model that the message brings the node to.
+        start: the version that its first difference applies to; equal to `version` for a whole model.
+        accepted: the node's last round whose reply the server took, or -1.
+    """
+
+    greeting: bool = False
+    round: int = 0
+    version: int = 0
+    start: int = 0
+    accepted: int = -1
+    protocol: int = PROTOCOL
+
+    def record(self) -> ConfigRecord:
+        return ConfigRecord(asdict(self))
+
+    @classmethod
+    def of(cls, record: ConfigRecord) -> Self:
+        """Read a record.
+
+        Raises:
+            CodecError: it is no request of this protocol.
+        """
+        try:
+            request = cls(**record)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise CodecError(f"Expected privet's record in the request: {error}.") from error
+        if request.protocol != PROTOCOL:
+            raise CodecError(
+                f"The server speaks protocol {request.protocol}, this node {PROTOCOL}; install the same privet."
+            )
+        return request
+
+
+def pack(blobs: Sequence[bytes]) -> ArrayRecord:
+    """Return messages of a codec as one array."""
+    data = b"".join(_LENGTH.pack(len(blob)) + blob for blob in blobs)
+    return ArrayRecord({KEY: Array("uint8", (len(data),), STYPE, data)})
+
+
+def packed(record: ArrayRecord) -> bool:
+    """Say whether a record holds messages of a codec, and not the arrays of a model."""
+    return list(record) == [KEY] and record[KEY].stype == STYPE
+
+
+def unpack(record: ArrayRecord) -> list[bytes]:
+    """Return the messages of a packed record.
+
+    Raises:
+        CodecError: it is damaged.
+    """
+    data, at, blobs = record[KEY].data, 0, []
+    while at < len(data):
+        if len(data) - at < _LENGTH.size:
+            raise CodecError("Expected the length of a message, but the bytes end.")
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if length > len(data) - at:
+            raise CodecError(f"Expected a message of {length:,} bytes, but only {len(data) - at:,} are left.")
+        blobs.append(data[at : at + length])
+        at += length
+    return blobs
+
+
+def only_arrays(content: RecordDict) -> tuple[str, ArrayRecord]:
+    """Return the one record of arrays, and its key.
+
+    Raises:
+        CodecError: there is none, or several.
+    """
+    records = list(content.array_records.items())
+    if len(records) != 1:
+        raise CodecError(f"Expected one ArrayRecord, got {len(records)}.")
+    return records[0]
+
+
+def arrays_of(record: ArrayRecord) -> Arrays:
+    """Return a model's arrays.
+
+    Raises:
+        CodecError: they are not numpy's, or damaged.
+    """
+    try:
+        return {name: array.numpy() for name, array in record.items()}
+    except (TypeError, ValueError, EOFError, OSError) as error:
+        raise CodecError(f"Expected numpy arrays: {error}.") from error
+
+
+def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Return arrays as Flower's record, in their order."""
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
+
+
+def schema_of(arrays: Mapping[str, NDArray[Any]]) -> Schema:
+    """Return the schema of the differences between models with these arrays."""
+    return Schema.of(difference(arrays, arrays))
+
+
+def difference(new: Mapping[str, NDArray[Any]], old: Mapping[str, NDArray[Any]]) -> Update:
+    """Return what leads from `old` to `new`: float32, or integers that wrap; for bools where they differ.
+
+    Raises:
+        CodecError: names, shapes or dtypes are not the same.
+    """
+    if new.keys() != old.keys():
+        raise CodecError(f"Expected arrays {', '.join(old)}, got {', '.join(new)}.")
+    update = {}
+    for name, before in old.items():
+        after = new[name]
+        if after.shape != before.shape or after.dtype != before.dtype:
+            raise CodecError(
+                f"Expected {name} as {before.dtype}{list(before.shape)}, got {after.dtype}{list(after.shape)}."
+            )
+        if before.dtype.name in FLOATS:
+            update[name] = np.asarray(np.subtract(after, before, dtype=np.float32, casting="unsafe"))
+        else:
+            update[name] = np.asarray(after ^ before if before.dtype == np.bool_ else after - before)
+    return update
+
+
+def moved(old: Mapping[str, NDArray[Any]], update: Update) -> Arrays:
+    """Return `old` plus a difference, in the dtypes and the order of `old`; both ends compute the same bits."""
+    new = {}
+    for name, before in old.items():
+        if before.dtype.name in FLOATS:
+            new[name] = np.asarray(np.add(before, update[name], dtype=before.dtype, casting="unsafe"))
+        else:
+            new[name] = np.asarray(
+                before ^ update[name] if before.dtype == np.bool_ else before + update[name]
+            )
+    return new
+
+
+def restored(arrays: Arrays, model: Arrays) -> Arrays:
+    """Return arrays in the dtypes and the order of a model's: averages turn Flower's integers into floats.
+
+    Raises:
+        CodecError: names or shapes are others.
+    """
+    if arrays.keys() != model.keys() or any(arrays[name].shape != model[name].shape for name in model):
+        raise CodecError("Expected a strategy that returns arrays with the model's names and shapes.")
+    whole = {name for name, array in model.items() if array.dtype.name not in FLOATS}
+    return {
+        name: (np.rint(arrays[name]) if name in whole else arrays[name]).astype(array.dtype)
+        for name, array in model.items()
+    }
+
+
+def wire_bytes(message: Message) -> int:
+    """Return how many bytes Flower moves for a message: its objects, each with header and names.
+
+    Beside them Flower sends a few hundred bytes that address the message and its objects.
+    """
+    return _object_bytes(message.content) if message.has_content() else len(message.error.reason or "")
+
+
+def _object_bytes(part: Any) -> int:
+    return len(part.deflate()) + sum(_object_bytes(child) for child in (part.children or {}).values())
