@@ -14,6 +14,7 @@ from rich.markup import escape
 from privet.cli.audit import audit
 from privet.cli.codec import codec
 from privet.cli.doctor import doctor
+from privet.cli.federate import federate
 from privet.cli.invert import invert
 from privet.cli.learn import learn
 from privet.cli.license import license
@@ -31,7 +32,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="Exit codes:\n\n" + "\n".join(f"- {code}: {words}" for code, words in EXIT_CODES.items()),
 )
-for verb in (protect, recover, prior, audit, invert, learn, license, codec, show, doctor):
+for verb in (protect, recover, prior, audit, invert, learn, federate, license, codec, show, doctor):
     app.command(verb)
 
 messages = Console(stderr=True, highlight=False)

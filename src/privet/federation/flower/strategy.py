@@ -122,6 +122,11 @@ class CodecStrategy(Strategy):
         self.rounds: list[Round] = []
         self._asked: dict[int, str] = {}  # nodes of the requests that are on their way
         self._arrays: ArrayRecord | None = None
+        self._before = 0  # rounds that were played before this start
+
+    def go_on(self, arrays: ArrayRecord, *, rounds: list[Round], known: dict[int, Node]) -> None:
+        """Go on after earlier rounds; `start` must be given these very arrays."""
+        self._arrays, self.rounds, self.known, self._before = arrays, rounds, known, rounds[-1].round
 
     def summary(self) -> None:
         """Log what it is."""
@@ -133,6 +138,7 @@ class CodecStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy ask the sampled nodes, and compress what it asks."""
+        server_round += self._before
         self.rounds.append(Round(round=server_round))
         nodes = self._greet(grid)
         if self.sampler is not None:
@@ -154,6 +160,7 @@ class CodecStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Open the replies, leave out those that are none, and let the wrapped strategy average the others."""
+        server_round += self._before
         taken = {}
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -188,11 +195,13 @@ class CodecStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy ask for evaluations, and compress what it asks."""
+        server_round += self._before
         shown = Shown(grid, [node for node in grid.get_node_ids() if node in self.known])
         return self._compressed(self.inner.configure_evaluate(server_round, arrays, config, shown), arrays)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Leave out replies that are none, and let the wrapped strategy average the others."""
+        server_round += self._before
         taken = {}
         for reply in replies:
             node = reply.metadata.src_node_id

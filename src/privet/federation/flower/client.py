@@ -1,0 +1,104 @@
+"""The ClientApp: a client that trains a network on its own images by plain SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from privet.federation.flower.link import only_arrays
+from privet.federation.flower.mod import name_of
+from privet.federation.flower.plan import Plan
+from privet.images import ImageSet
+from privet.images.augment import augmentation_for
+from privet.learning.runtime import Runtime
+from privet.models import create_model
+from privet.seeds import derive, generator
+
+
+def client_app(plan: Plan, images_of: Callable[[Context], ImageSet], *, runtime: Runtime) -> ClientApp:
+    """Return the ClientApp of a federation.
+
+    Args:
+        plan: of the federation.
+        images_of: returns the images of the node with this context.
+        runtime: where it trains.
+    """
+    app = ClientApp(mods=[plan.mod()])
+    networks: dict[tuple[int, tuple[int, int]], nn.Module] = {}
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        images = images_of(context)
+        about = images.classes, images.size
+        if about not in networks:
+            networks[about] = runtime.place(
+                create_model(plan.architecture, classes=images.classes, size=images.size)
+            )
+        network = networks[about]
+        key, arrays = only_arrays(message.content)
+        network.load_state_dict(arrays.to_torch_state_dict())
+        config = next(iter(message.content.config_records.values()))
+        loss = train_locally(
+            network,
+            images,
+            plan,
+            round=int(str(config["server-round"])),
+            name=name_of(context),
+            runtime=runtime,
+        )
+        metrics = MetricRecord({"num-examples": len(images), "loss": loss})
+        content = RecordDict({key: ArrayRecord(network.state_dict()), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def steps_of(plan: Plan, images: int) -> tuple[int, int]:
+    """Return a client's batch size, and how many steps it takes in a round."""
+    batch = min(plan.batch_size, images)
+    return batch, plan.local_epochs * -(-images // batch)
+
+
+def train_locally(
+    network: nn.Module, images: ImageSet, plan: Plan, *, round: int, name: str, runtime: Runtime
+) -> float:
+    """Train a network in place, and return its mean loss.
+
+    The images are put into an order once a round, and gone through round and round in batches of one
+    size, so that an update is told completely by batch size, steps and number of images.
+
+    Args:
+        network: on the runtime's device.
+        images: of the client; there is at least one.
+        plan: says how.
+        round: from 1; it and the name seed the order and the views.
+        name: of the client.
+        runtime: where it trains.
+    """
+    count = len(images)
+    batch, steps = steps_of(plan, count)
+    pixels, labels = runtime.hold(images.pixels), runtime.hold(images.labels)
+    order = torch.randperm(count, generator=generator(plan.seed, "order", round, name))
+    randomness = generator(plan.seed, "views", round, name, device=runtime.device)
+    augmentation = augmentation_for(images.size) if plan.augment else None
+    torch.manual_seed(derive(plan.seed, "dropout", round, name))
+    optimizer = torch.optim.SGD(network.parameters(), plan.learning_rate)
+    network.train()
+    total = torch.zeros((), device=runtime.device)
+    for step in range(steps):
+        index = order[torch.arange(step * batch, (step + 1) * batch) % count]
+        x = runtime.take(pixels, index)
+        if augmentation is not None:
+            x = augmentation.draw(batch, images.size, randomness).apply(x)
+        with runtime.autocast():
+            loss = F.cross_entropy(network(x.float() / 255).float(), runtime.take(labels, index))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += loss.detach()
+    return float(total) / steps

@@ -1,0 +1,225 @@
+"""A whole federation in this process: clients with parts of one image set, round after round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+
+from privet.errors import InputError
+from privet.federation.flower.checkpoint import load, save
+from privet.federation.flower.client import client_app, steps_of
+from privet.federation.flower.grids import LocalGrid
+from privet.federation.flower.link import Arrays
+from privet.federation.flower.plan import Plan, create_codec
+from privet.federation.flower.strategy import Round
+from privet.federation.schema import Update
+from privet.federation.sparse import SparseCodec
+from privet.files import WORKSPACE, claim, finish, read_json, write_json
+from privet.images import ImageSet
+from privet.learning.runtime import Runtime, describe_device
+from privet.learning.train import accuracy
+from privet.learning.update import Treatment
+from privet.learning.update import Update as Record
+from privet.learning.update import short
+from privet.learning.update_files import save_update
+from privet.models import SavedModel, create_model, save_model
+from privet.progress import Progress, silent
+from privet.seeds import derive
+from privet.version import VERSION
+
+REPORT, MODEL, RECORDS = "federation.json", "model.safetensors", "updates"
+
+
+def federate(
+    train: ImageSet,
+    test: ImageSet,
+    plan: Plan,
+    out: Path,
+    *,
+    runtime: Runtime,
+    source: dict[str, Any],
+    record: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Play a federation, and write federation.json and model.safetensors into `out`; return the former.
+
+    It can be killed at any time, and goes on with the round that was not finished.
+
+    Args:
+        train: the clients' images, which are split among them.
+        test: images that the model is measured on after each round.
+        plan: of the federation.
+        out: a new folder, or that of the same federation.
+        runtime: where the clients train.
+        source: where the images come from, for the report.
+        record: number of the last round's updates that are written to `out`/updates as records that the
+            leakage room can attack.
+        progress: told about rounds.
+
+    Raises:
+        InputError: the sets do not fit each other.
+        OutputError: the folder holds something else, or cannot be written.
+        UsageError: there are too few images for so many clients, or a budget is too small for the model.
+    """
+    if train.class_names != test.class_names or train.size != test.size:
+        raise InputError("Training and test images must have the same classes and one size.")
+    parts = plan.split(train.labels.numpy())
+    run = {
+        "privet": VERSION,
+        "plan": plan.json(),
+        "source": source,
+        "record": record,
+        "train": train.digest,
+        "test": test.digest,
+        "device": describe_device(runtime.device, torch.get_num_threads()),
+        "precision": runtime.precision,
+        "torch": torch.__version__,
+    }
+    if not claim(out, run):
+        images = [train.subset(torch.from_numpy(part)) for part in parts]
+        history, rounds, arrays = _play(
+            images, test, plan, out, runtime=runtime, record=record, progress=progress
+        )
+        model = create_model(plan.architecture, classes=train.classes, size=train.size)
+        model.load_state_dict(arrays.to_torch_state_dict())
+        about = SavedModel(architecture=plan.architecture, class_names=train.class_names, size=train.size)
+        save_model(out / MODEL, model, about)
+        write_json(out / REPORT, {**run, **_summary(plan, images, history, rounds, arrays)})
+        finish(out, run, {})
+    return read_json(out / REPORT)
+
+
+def _play(
+    images: list[ImageSet],
+    test: ImageSet,
+    plan: Plan,
+    out: Path,
+    *,
+    runtime: Runtime,
+    record: int,
+    progress: Progress,
+) -> tuple[list[float], list[Round], ArrayRecord]:
+    """Play all rounds, or those that are left; return accuracies, rounds and the model."""
+    network = create_model(
+        plan.architecture, classes=test.classes, size=test.size, seed=derive(plan.seed, "weights")
+    )
+    arrays = ArrayRecord(network.state_dict())
+    network = runtime.place(network)
+
+    def images_of(context: Context) -> ImageSet:
+        return images[int(str(context.node_config["partition-id"]))]
+
+    def watch(number: int, name: str, model: Arrays, update: Update) -> None:
+        kept = strategy.rounds[-1].accepted
+        if number == plan.rounds and len(kept) <= record:
+            _record(out / RECORDS / name, plan, images[int(name)], model, update, number)
+
+    app = client_app(plan, images_of, runtime=runtime)
+    grid = LocalGrid(app, [{"partition-id": number} for number in range(plan.clients)])
+    strategy = plan.wrapper({str(number): len(part) for number, part in enumerate(images)}, watch)
+    history: list[float] = []
+    workspace = out / WORKSPACE
+    if (state := load(workspace, strategy, grid)) is not None:
+        arrays, history = state
+
+    def after(_: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if not strategy.rounds or len(history) == strategy.rounds[-1].round:
+            return None  # before the first round
+        network.load_state_dict(arrays.to_torch_state_dict())
+        network.eval()
+        history.append(accuracy(network, test, runtime=runtime))
+        save(workspace, strategy, grid, arrays, history)
+        progress(
+            f"round {len(history)}, accuracy {history[-1]:.1%}",
+            len(history),
+            plan.rounds,
+        )
+        return MetricRecord({"accuracy": history[-1]})
+
+    with _quiet():
+        if len(history) < plan.rounds:
+            result = strategy.start(
+                grid=grid, initial_arrays=arrays, num_rounds=plan.rounds - len(history), evaluate_fn=after
+            )
+            arrays = result.arrays or arrays
+    return history, strategy.rounds, arrays
+
+
+def _record(
+    folder: Path, plan: Plan, images: ImageSet, model: Arrays, update: Update, number: int
+) -> None:
+    """Write what a server knows of a client's update, for an attack on it."""
+    network = create_model(plan.architecture, classes=images.classes, size=images.size)
+    network.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in model.items()})
+    sent = {
+        short(name): torch.from_numpy(np.array(update[name])) for name, _ in network.named_parameters()
+    }
+    batch, steps = steps_of(plan, len(images))
+    save_update(
+        folder,
+        Record.of(
+            network,
+            sent,
+            architecture=plan.architecture,
+            classes=images.classes,
+            size=images.size,
+            batch_size=batch,
+            images=len(images),
+            local_steps=steps,
+            learning_rate=plan.learning_rate,
+            kind="delta",
+            treatment=Treatment(sparse=isinstance(create_codec(plan.codec), SparseCodec)),
+            notes={"round": number, "codec": plan.codec, "budget": plan.budget},
+        ),
+    )
+
+
+def _summary(
+    plan: Plan, images: list[ImageSet], history: list[float], rounds: list[Round], arrays: ArrayRecord
+) -> dict[str, Any]:
+    model = sum(array.numpy().nbytes for array in arrays.values())
+    asked = sum(len(one.chosen) for one in rounds)
+    return {
+        "accuracy": {"last": history[-1], "best": max(history), "last_10_mean": fmean(history[-10:])},
+        "bytes": {
+            "down": sum(one.down for one in rounds),
+            "up": sum(one.up for one in rounds),
+            "updates": sum(sum(one.accepted.values()) for one in rounds),
+            "model": model,
+            "whole_models": 2 * model * asked,
+        },
+        "participations": asked,
+        "clients": [
+            {
+                "name": str(number),
+                "images": len(part),
+                "classes": part.labels.bincount(minlength=part.classes).tolist(),
+            }
+            for number, part in enumerate(images)
+        ],
+        "class_names": list(images[0].class_names),
+        "rounds": [
+            {**asdict(one), "accuracy": reached} for one, reached in zip(rounds, history, strict=True)
+        ],
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Flower's log say only what went wrong."""
+    log = logging.getLogger("flwr")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
