@@ -14,7 +14,9 @@ from privet.errors import OK, InputError, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from privet.leakage import Inversion
+    from privet.leakage.identify import Gallery
     from privet.leakage.victims import Victim
+    from privet.learning import Runtime
 
 
 def invert(
@@ -36,8 +38,11 @@ def invert(
     defence: str | None = None,
     private: str | None = None,
     public: str | None = None,
+    gallery: str | None = None,
+    embedder: str = "pixels",
     psnr: float = 20.0,
     ssim: float = 0.6,
+    identified: Annotated[bool, Parameter(negative="")] = False,
     hide: Annotated[bool, Parameter(negative="")] = False,
     size: int | None = None,
     split: str | None = None,
@@ -84,10 +89,17 @@ def invert(
         For a record: its images, if you have them, to measure how much came out.
     public
         Images of the same kind that are not private, for the baselines.
+    gallery
+        Other photographs of the same people, in a folder for each, to see whether reconstructions are recognised.
+        The classes of the private images must be the same people.
+    embedder
+        What compares faces: pixels, or a file of 'privet learn', trained on a folder for each of other people.
     psnr
         An image counts as recovered from so many dB on,
     ssim
-        or from this structural similarity on.
+        or from this structural similarity on,
+    identified
+        or, with this, if the gallery names its person first.
     hide
         Leave the private images out of pairs.png.
     size
@@ -127,21 +139,32 @@ def invert(
         others = None
         if public is not None:
             others = open_images(public, size=found[0].update.size).pixels.float() / 255
+        faces = None if gallery is None else open_gallery(gallery, embedder, found[0].update.size, here)
         result = write_attack(
             out,
             found,
             inversion,
             runtime=here,
             source={"source": source, "model": str(model or architecture), "defence": defence},
-            success=Success(psnr=psnr, ssim=ssim),
+            success=Success(psnr=psnr, ssim=ssim, identified=identified),
             seed=seed,
             public=others,
+            gallery=faces,
             hide=hide,
             progress=listener,
         )
     _say(result)
     say(f"Pictures: {escape(str(out / PICTURE))}")
     return OK
+
+
+def open_gallery(source: str, embedder: str, size: tuple[int, int], runtime: Runtime) -> Gallery:
+    """Return the gallery of these photographs, with the embedder of this name or in this file."""
+    from privet.images import open_images
+    from privet.leakage.identify import Embedder, Gallery
+
+    chosen = Embedder.pixels() if embedder == "pixels" else Embedder.load(Path(embedder), runtime)
+    return Gallery(photographs=open_images(source, size=size), embedder=chosen)
 
 
 def _inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
@@ -226,7 +249,27 @@ def _say(result: dict[str, Any]) -> None:
             f"(95 % bounds {low:.0%} to {high:.0%}); of {total['images']} images {outcomes}; median PSNR "
             f"{total['median_psnr']:.1f} dB, best {total['best_psnr']:.1f} dB; {total['labels_right']} labels right"
         )
+        if one["identification"]:
+            say(f"[bold]{kind}[/]: {identified_words(one['identification'])}")
+    for name, row in result["identification"].items():
+        say(f"control {name}: {identified_words(row)}")
     for name, row in result["baselines"].items():
         say(
             f"baseline {name}: median PSNR {row['median_psnr']:.1f} dB, {row['recovered']} of {row['images']}"
         )
+
+
+def identified_words(row: dict[str, Any]) -> str:
+    """Return in words how images of people compared with a gallery."""
+    shares = []
+    for place in (1, 5):
+        rank = row[f"rank{place}"]
+        low, high = rank["bounds"]
+        shares.append(
+            f"{rank['count']} at rank {place} (95 % bounds {low:.0%} to {high:.0%}, chance {rank['chance']:.0%})"
+        )
+    seen = row["verification"]
+    return (
+        f"of {row['images']} images the right person {' and '.join(shares)}; verification: area under the curve "
+        f"{seen['area']:.3f}, {seen['true_accepts_at_1_percent']:.0%} accepted at 1 % of others"
+    )
