@@ -13,6 +13,9 @@ from privet.cli.screen import progress
 from privet.errors import OK, InputError, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
+    from torch import nn
+
+    from privet.images import ImageSet
     from privet.leakage import Inversion
     from privet.leakage.identify import Gallery
     from privet.leakage.victims import Victim
@@ -117,7 +120,7 @@ def invert(
     from privet.learning import Runtime
 
     here = Runtime.find(device, "float32")
-    inversion = _inversion(method, preset, budget, set or [])
+    inversion = create_inversion(method, preset, budget, set or [])
     with progress() as listener:
         if (Path(source) / "update.json").exists():
             found = [_recorded(Path(source), private)]
@@ -167,7 +170,8 @@ def open_gallery(source: str, embedder: str, size: tuple[int, int], runtime: Run
     return Gallery(photographs=open_images(source, size=size), embedder=chosen)
 
 
-def _inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
+def create_inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
+    """Return the inversion of this name, with settings as NAME=VALUE on top of its preset."""
     import dataclasses
 
     from privet.cli.protect import parse_settings
@@ -207,16 +211,33 @@ def _simulated(
     seed: int,
     **settings: Any,
 ) -> list[Victim]:
-    from privet.images import align, open_images
     from privet.leakage.defences import create_defence
     from privet.leakage.victims import simulate
+
+    chosen = None if defence is None else create_defence(defence)
+    network, name, images = open_clients(
+        source, model=model, architecture=architecture, size=size, split=split, seed=seed
+    )
+    return simulate(network, images, architecture=name, defence=chosen, seed=seed, **settings)
+
+
+def open_clients(
+    source: str,
+    *,
+    model: Path | None,
+    architecture: str | None,
+    size: int | None,
+    split: str | None,
+    seed: int,
+) -> tuple[nn.Module, str, ImageSet]:
+    """Return the network of simulated clients, in training mode, its architecture, and their images."""
+    from privet.images import align, open_images
     from privet.models import create_model, load_model
 
     if (model is None) == (architecture is None):
         raise UsageError(
             f"{source} holds no update.json, so clients are simulated: give --model or --architecture."
         )
-    chosen = None if defence is None else create_defence(defence)
     if model is not None:
         network, about = load_model(model)
         images = align(open_images(source, size=about.size, split=split), about.class_names)
@@ -227,7 +248,7 @@ def _simulated(
         network = create_model(name, classes=images.classes, size=images.size, seed=seed)
     if not len(images):
         raise InputError(f"{source} holds no images.")
-    return simulate(network.train(), images, architecture=name, defence=chosen, seed=seed, **settings)
+    return network.train(), name, images
 
 
 def _say(result: dict[str, Any]) -> None:

@@ -204,7 +204,7 @@ def report(
                 "summary": summary(one.found),
                 "identification": one.identified and one.identified.summary(),
                 "victims": [
-                    _victim(result, found)
+                    victim_row(result, found)
                     for result, found in zip(one.reconstructions, one.found, strict=True)
                 ],
             }
@@ -303,7 +303,8 @@ def digest(victims: Sequence[Victim], public: Tensor | None) -> str:
     return hashed.hexdigest()
 
 
-def _victim(result: Reconstruction, found: Sequence[Found]) -> dict[str, Any]:
+def victim_row(result: Reconstruction, found: Sequence[Found]) -> dict[str, Any]:
+    """Return what came of one victim, as JSON values."""
     finite = [None if abs(value) == torch.inf else value for value in (result.distance, *result.distances)]
     return {
         "end": result.end,
