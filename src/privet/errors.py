@@ -121,6 +121,7 @@ class ExpiredError(LicenceError):
 
 # Exit codes that belong to no exception.
 OK = 0
+OVER_LIMIT = 9  # finished, and what was measured exceeds the limit that was asked for
 PARTIAL = 4  # finished, but some inputs were skipped; the manifest says which and why
 INTERRUPTED = 130  # Ctrl-C; the run resumes when it is started again
 
@@ -134,6 +135,7 @@ EXIT_CODES = {
     MissingExtraError.exit_code: "An optional package is missing; the message says how to install it.",
     OutputError.exit_code: "The output cannot be written; the message says why.",
     CodecError.exit_code: "A federated message is damaged, or was made for another model.",
+    OVER_LIMIT: "Finished, and what was measured exceeds the limit that was asked for (--fail-above).",
     LicenceError.exit_code: "A release or a licence does not hold; the message says why.",
     ManifestError.exit_code: "A manifest is damaged, or not signed by the expected vendor.",
     VersionError.exit_code: "A manifest, licence or key file has a format that this version does not know.",

@@ -98,7 +98,7 @@ class TestCommandLine:
         assert total["victims"] == 3
         assert total["bounds"][1] > 0.5
         assert report["baselines"]["nearest"]["recovered"] == 3
-        assert report["success"] == {"psnr": 20.0, "ssim": 0.6}
+        assert report["success"] == {"psnr": 20.0, "ssim": 0.6, "identified": False}
         with Image.open(out / "pairs.png") as picture:
             assert picture.height > picture.width * 0.5
         printed = capsys.readouterr().out

@@ -1,8 +1,24 @@
 """Audits: a grid of learners with controls, and what it says."""
 
 from privet.audit.flags import Facts, Flag
+from privet.audit.leakage import Clients, LeakageAudit, LeakagePlan, audit_leakage
 from privet.audit.run import Audit, run_audit
 from privet.audit.store import Cell, Plan, RunStore, plan
 from privet.audit.verdict import Grade, Verdict
 
-__all__ = ["Audit", "Cell", "Facts", "Flag", "Grade", "Plan", "RunStore", "Verdict", "plan", "run_audit"]
+__all__ = [
+    "Audit",
+    "Cell",
+    "Clients",
+    "Facts",
+    "Flag",
+    "Grade",
+    "LeakageAudit",
+    "LeakagePlan",
+    "Plan",
+    "RunStore",
+    "Verdict",
+    "audit_leakage",
+    "plan",
+    "run_audit",
+]

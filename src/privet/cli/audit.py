@@ -6,17 +6,26 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cyclopts import App
 from rich import print as say
 from rich.markup import escape
 
+from privet.cli.leakage import leakage
 from privet.cli.options import MACHINE, Machine
 from privet.cli.screen import progress
 from privet.errors import OK
 
+audit = App(
+    name="audit",
+    help="Measure what a protection is worth, or what federated updates give away (audit leakage).",
+)
+audit.command(leakage)
+
 COLOURS = {"holds": "green", "partly": "yellow", "fails": "red", "inconclusive": "magenta"}
 
 
-def audit(
+@audit.default
+def protection(
     clean: str,
     protected: str,
     /,

@@ -13,8 +13,13 @@ from privet.cli.screen import progress
 from privet.errors import OK, InputError, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
+    from torch import nn
+
+    from privet.images import ImageSet
     from privet.leakage import Inversion
+    from privet.leakage.identify import Gallery
     from privet.leakage.victims import Victim
+    from privet.learning import Runtime
 
 
 def invert(
@@ -36,8 +41,11 @@ def invert(
     defence: str | None = None,
     private: str | None = None,
     public: str | None = None,
+    gallery: str | None = None,
+    embedder: str = "pixels",
     psnr: float = 20.0,
     ssim: float = 0.6,
+    identified: Annotated[bool, Parameter(negative="")] = False,
     hide: Annotated[bool, Parameter(negative="")] = False,
     size: int | None = None,
     split: str | None = None,
@@ -84,10 +92,17 @@ def invert(
         For a record: its images, if you have them, to measure how much came out.
     public
         Images of the same kind that are not private, for the baselines.
+    gallery
+        Other photographs of the same people, in a folder for each, to see whether reconstructions are recognised.
+        The classes of the private images must be the same people.
+    embedder
+        What compares faces: pixels, or a file of 'privet learn', trained on a folder for each of other people.
     psnr
         An image counts as recovered from so many dB on,
     ssim
-        or from this structural similarity on.
+        or from this structural similarity on,
+    identified
+        or, with this, if the gallery names its person first.
     hide
         Leave the private images out of pairs.png.
     size
@@ -105,7 +120,7 @@ def invert(
     from privet.learning import Runtime
 
     here = Runtime.find(device, "float32")
-    inversion = _inversion(method, preset, budget, set or [])
+    inversion = create_inversion(method, preset, budget, set or [])
     with progress() as listener:
         if (Path(source) / "update.json").exists():
             found = [_recorded(Path(source), private)]
@@ -127,15 +142,17 @@ def invert(
         others = None
         if public is not None:
             others = open_images(public, size=found[0].update.size).pixels.float() / 255
+        faces = None if gallery is None else open_gallery(gallery, embedder, found[0].update.size, here)
         result = write_attack(
             out,
             found,
             inversion,
             runtime=here,
             source={"source": source, "model": str(model or architecture), "defence": defence},
-            success=Success(psnr=psnr, ssim=ssim),
+            success=Success(psnr=psnr, ssim=ssim, identified=identified),
             seed=seed,
             public=others,
+            gallery=faces,
             hide=hide,
             progress=listener,
         )
@@ -144,7 +161,17 @@ def invert(
     return OK
 
 
-def _inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
+def open_gallery(source: str, embedder: str, size: tuple[int, int], runtime: Runtime) -> Gallery:
+    """Return the gallery of these photographs, with the embedder of this name or in this file."""
+    from privet.images import open_images
+    from privet.leakage.identify import Embedder, Gallery
+
+    chosen = Embedder.pixels() if embedder == "pixels" else Embedder.load(Path(embedder), runtime)
+    return Gallery(photographs=open_images(source, size=size), embedder=chosen)
+
+
+def create_inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
+    """Return the inversion of this name, with settings as NAME=VALUE on top of its preset."""
     import dataclasses
 
     from privet.cli.protect import parse_settings
@@ -184,16 +211,33 @@ def _simulated(
     seed: int,
     **settings: Any,
 ) -> list[Victim]:
-    from privet.images import align, open_images
     from privet.leakage.defences import create_defence
     from privet.leakage.victims import simulate
+
+    chosen = None if defence is None else create_defence(defence)
+    network, name, images = open_clients(
+        source, model=model, architecture=architecture, size=size, split=split, seed=seed
+    )
+    return simulate(network, images, architecture=name, defence=chosen, seed=seed, **settings)
+
+
+def open_clients(
+    source: str,
+    *,
+    model: Path | None,
+    architecture: str | None,
+    size: int | None,
+    split: str | None,
+    seed: int,
+) -> tuple[nn.Module, str, ImageSet]:
+    """Return the network of simulated clients, in training mode, its architecture, and their images."""
+    from privet.images import align, open_images
     from privet.models import create_model, load_model
 
     if (model is None) == (architecture is None):
         raise UsageError(
             f"{source} holds no update.json, so clients are simulated: give --model or --architecture."
         )
-    chosen = None if defence is None else create_defence(defence)
     if model is not None:
         network, about = load_model(model)
         images = align(open_images(source, size=about.size, split=split), about.class_names)
@@ -204,7 +248,7 @@ def _simulated(
         network = create_model(name, classes=images.classes, size=images.size, seed=seed)
     if not len(images):
         raise InputError(f"{source} holds no images.")
-    return simulate(network.train(), images, architecture=name, defence=chosen, seed=seed, **settings)
+    return network.train(), name, images
 
 
 def _say(result: dict[str, Any]) -> None:
@@ -226,7 +270,27 @@ def _say(result: dict[str, Any]) -> None:
             f"(95 % bounds {low:.0%} to {high:.0%}); of {total['images']} images {outcomes}; median PSNR "
             f"{total['median_psnr']:.1f} dB, best {total['best_psnr']:.1f} dB; {total['labels_right']} labels right"
         )
+        if one["identification"]:
+            say(f"[bold]{kind}[/]: {identified_words(one['identification'])}")
+    for name, row in result["identification"].items():
+        say(f"control {name}: {identified_words(row)}")
     for name, row in result["baselines"].items():
         say(
             f"baseline {name}: median PSNR {row['median_psnr']:.1f} dB, {row['recovered']} of {row['images']}"
         )
+
+
+def identified_words(row: dict[str, Any]) -> str:
+    """Return in words how images of people compared with a gallery."""
+    shares = []
+    for place in (1, 5):
+        rank = row[f"rank{place}"]
+        low, high = rank["bounds"]
+        shares.append(
+            f"{rank['count']} at rank {place} (95 % bounds {low:.0%} to {high:.0%}, chance {rank['chance']:.0%})"
+        )
+    seen = row["verification"]
+    return (
+        f"of {row['images']} images the right person {' and '.join(shares)}; verification: area under the curve "
+        f"{seen['area']:.3f}, {seen['true_accepts_at_1_percent']:.0%} accepted at 1 % of others"
+    )

@@ -6,9 +6,21 @@ from privet.leakage.analytic import Analytic
 from privet.leakage.base import Inversion, Reconstruction
 from privet.leakage.dlg import DLG
 from privet.leakage.grnn import GRNN
+from privet.leakage.identify import Embedder, Gallery, identify
 from privet.leakage.ig import IG
 
-__all__ = ["DLG", "GRNN", "IG", "INVERSIONS", "Analytic", "Inversion", "Reconstruction"]
+__all__ = [
+    "DLG",
+    "GRNN",
+    "IG",
+    "INVERSIONS",
+    "Analytic",
+    "Embedder",
+    "Gallery",
+    "Inversion",
+    "Reconstruction",
+    "identify",
+]
 
 INVERSIONS: dict[str, type[Inversion]] = {
     inversion.name: inversion for inversion in (GRNN, DLG, IG, Analytic)

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privet.errors import UsageError
 from privet.files import claim, finish, json_line, read_json, write_bytes, write_json
 from privet.images.montage import montage, png
 from privet.leakage.base import Inversion, Reconstruction
+from privet.leakage.identify import Gallery, Identified, controls, identify
 from privet.leakage.measure import (
     OUTCOMES,
     Found,
     Success,
     baselines,
     judge,
-    match,
+    matched,
     psnr,
     ssim,
 )
@@ -49,12 +51,14 @@ class Attack:
         aware: whether it made use of what is known of the updates' treatment.
         reconstructions: one for each victim.
         found: for each victim, what came out for each of its images; empty where the truth is not known.
+        identified: how all reconstructions compared with a gallery, or None.
         seconds: how long it took.
     """
 
     aware: bool
     reconstructions: list[Reconstruction]
     found: list[list[Found]]
+    identified: Identified | None
     seconds: float
 
 
@@ -66,6 +70,7 @@ def attack(
     success: Success = DEFAULT,
     seed: int = 0,
     network: nn.Module | None = None,
+    gallery: Gallery | None = None,
     progress: Progress = silent,
 ) -> list[Attack]:
     """Attack all victims; if their updates were treated, once aware of it and once naively.
@@ -77,35 +82,74 @@ def attack(
         success: what counts as recovered.
         seed: of the inversion's starting points.
         network: if privet does not know the architecture.
+        gallery: of the people whom the images show, to see whether they are recognised.
         progress: told about steps.
 
     Raises:
+        InputError: the gallery lacks a person.
         UsageError: the inversion cannot be applied to these updates.
     """
     treated = any(victim.update.treatment != Treatment() for victim in victims)
-    attacks = []
-    for aware in (True, False) if treated and inversion.aware else (inversion.aware,):
-        started = time.perf_counter()
-        reconstructions = dataclasses.replace(inversion, aware=aware).invert(
-            [victim.update for victim in victims],
+    kinds = (True, False) if treated and inversion.aware else (inversion.aware,)
+    return [
+        attack_once(
+            victims,
+            dataclasses.replace(inversion, aware=aware),
             runtime=runtime,
+            success=success,
             seed=seed,
             network=network,
+            gallery=gallery,
             progress=progress,
         )
-        found = [
-            [] if victim.images is None else judge(result, victim.images, victim.labels, success)
-            for victim, result in zip(victims, reconstructions, strict=True)
-        ]
-        attacks.append(
-            Attack(
-                aware=aware,
-                reconstructions=reconstructions,
-                found=found,
-                seconds=time.perf_counter() - started,
-            )
+        for aware in kinds
+    ]
+
+
+def attack_once(
+    victims: Sequence[Victim],
+    inversion: Inversion,
+    *,
+    runtime: Runtime,
+    success: Success = DEFAULT,
+    seed: int = 0,
+    network: nn.Module | None = None,
+    gallery: Gallery | None = None,
+    progress: Progress = silent,
+) -> Attack:
+    """Attack all victims in one way; arguments and errors as for `attack`."""
+    started = time.perf_counter()
+    reconstructions = inversion.invert(
+        [victim.update for victim in victims], runtime=runtime, seed=seed, network=network, progress=progress
+    )
+    known = [
+        (victim, victim.images, result)
+        for victim, result in zip(victims, reconstructions, strict=True)
+        if victim.images is not None
+    ]
+    identified = None
+    if gallery is not None and known:
+        identified = identify(
+            torch.cat([matched(result, images) for _, images, result in known]),
+            [person for victim, _, _ in known for person in victim.people],
+            gallery,
+            failed=[result.failed for _, images, result in known for _ in images],
         )
-    return attacks
+    ranks = iter(identified.ranks if identified is not None else ())
+    found: list[list[Found]] = []
+    for victim, result in zip(victims, reconstructions, strict=True):
+        if victim.images is None:
+            found.append([])
+            continue
+        own = [next(ranks, None) for _ in victim.labels]
+        found.append(judge(result, victim.images, victim.labels, success, own))
+    return Attack(
+        aware=inversion.aware,
+        reconstructions=reconstructions,
+        found=found,
+        identified=identified,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def summary(found: Sequence[Sequence[Found]]) -> dict[str, Any]:
@@ -131,7 +175,11 @@ def summary(found: Sequence[Sequence[Found]]) -> dict[str, Any]:
 
 
 def report(
-    victims: Sequence[Victim], attacks: Sequence[Attack], success: Success, public: Tensor | None = None
+    victims: Sequence[Victim],
+    attacks: Sequence[Attack],
+    success: Success,
+    public: Tensor | None = None,
+    gallery: Gallery | None = None,
 ) -> dict[str, Any]:
     """Return everything that was found out, as JSON values.
 
@@ -140,6 +188,7 @@ def report(
         attacks: how.
         success: the thresholds.
         public: images of the same kind that are not private, in [0, 1], for the baselines.
+        gallery: of the people whom the images show, as it was attacked with.
     """
     known = [victim.images for victim in victims if victim.images is not None]
     return {
@@ -153,14 +202,16 @@ def report(
                 "aware": one.aware,
                 "seconds": round(one.seconds, 2),
                 "summary": summary(one.found),
+                "identification": one.identified and one.identified.summary(),
                 "victims": [
-                    _victim(result, found)
+                    victim_row(result, found)
                     for result, found in zip(one.reconstructions, one.found, strict=True)
                 ],
             }
             for one in attacks
         ],
-        "baselines": _baselines(torch.cat(known), public, success) if known and public is not None else {},
+        "baselines": baseline_rows(torch.cat(known), public, success) if known and public is not None else {},
+        "identification": control_rows(victims, gallery) if known and gallery is not None else {},
     }
 
 
@@ -174,6 +225,7 @@ def write_attack(
     success: Success = DEFAULT,
     seed: int = 0,
     public: Tensor | None = None,
+    gallery: Gallery | None = None,
     hide: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -188,13 +240,16 @@ def write_attack(
         success: as for `attack`.
         seed: likewise.
         public: as for `report`.
+        gallery: as for `attack`; photographs that are among the private images are left out.
         hide: leave the private images out of the picture.
         progress: told about steps.
 
     Raises:
+        InputError: as for `attack`.
         OutputError: the folder holds something else, or cannot be written.
-        UsageError: as for `attack`.
+        UsageError: as for `attack`, or success is to be identified without a gallery.
     """
+    gallery = others(gallery, victims, success)
     run = {
         "privet": VERSION,
         **inversion.record(),
@@ -202,29 +257,54 @@ def write_attack(
         "success": asdict(success),
         "seed": seed,
         "hide": hide,
-        "victims": _digest(victims, public),
+        "victims": digest(victims, public),
+        "gallery": gallery and gallery.record(),
         "device": describe_device(runtime.device, torch.get_num_threads()),
         "torch": torch.__version__,
     }
     if not claim(out, run):
-        attacks = attack(victims, inversion, runtime=runtime, success=success, seed=seed, progress=progress)
-        write_json(out / REPORT, {**run, **report(victims, attacks, success, public)})
+        attacks = attack(
+            victims,
+            inversion,
+            runtime=runtime,
+            success=success,
+            seed=seed,
+            gallery=gallery,
+            progress=progress,
+        )
+        write_json(out / REPORT, {**run, **report(victims, attacks, success, public, gallery)})
         write_bytes(out / PICTURE, png(montage(_pairs(victims, attacks, hide=hide))))
         finish(out, run, {})
     return read_json(out / REPORT)
 
 
-def _digest(victims: Sequence[Victim], public: Tensor | None) -> str:
+def others(gallery: Gallery | None, victims: Sequence[Victim], success: Success) -> Gallery | None:
+    """Return the gallery without the victims' own images.
+
+    Raises:
+        UsageError: success is to be identified, and there is no gallery.
+    """
+    if gallery is None:
+        if success.identified:
+            raise UsageError("To be identified takes a gallery of photographs to be identified in.")
+        return None
+    known = [victim.images for victim in victims if victim.images is not None]
+    return gallery.without(torch.cat(known)) if known else gallery
+
+
+def digest(victims: Sequence[Victim], public: Tensor | None) -> str:
     """Return a hash of everything that is known of the victims, and of the public images."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for victim in victims:
-        digest.update(json_line({**contents(victim.update)[0], "truth": victim.labels}))
+        about = {**contents(victim.update)[0], "truth": victim.labels, "people": victim.people}
+        hashed.update(json_line(about))
     for images in (*(victim.images for victim in victims), public):
-        digest.update(b"" if images is None else images.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        hashed.update(b"" if images is None else images.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
-def _victim(result: Reconstruction, found: Sequence[Found]) -> dict[str, Any]:
+def victim_row(result: Reconstruction, found: Sequence[Found]) -> dict[str, Any]:
+    """Return what came of one victim, as JSON values."""
     finite = [None if abs(value) == torch.inf else value for value in (result.distance, *result.distances)]
     return {
         "end": result.end,
@@ -240,7 +320,16 @@ def _victim(result: Reconstruction, found: Sequence[Found]) -> dict[str, Any]:
     }
 
 
-def _baselines(private: Tensor, public: Tensor, success: Success) -> dict[str, Any]:
+def control_rows(victims: Sequence[Victim], gallery: Gallery) -> dict[str, Any]:
+    """Return what the gallery makes of the private images themselves, and of images that show nobody."""
+    known = [victim for victim in victims if victim.images is not None]
+    private = torch.cat([victim.images for victim in known if victim.images is not None])
+    people = [person for victim in known for person in victim.people]
+    return {name: one.summary() for name, one in controls(private, people, gallery).items()}
+
+
+def baseline_rows(private: Tensor, public: Tensor, success: Success) -> dict[str, Any]:
+    """Return how many private images baselines would count as recovered, as JSON values."""
     rows = {}
     for name, drawn in baselines(private, public).items():
         ratios = psnr(drawn, private).tolist()
@@ -254,11 +343,12 @@ def _pairs(victims: Sequence[Victim], attacks: Sequence[Attack], *, hide: bool) 
     """Return rows of the private image and what each attack made of it, the most faithful first."""
     rows: list[tuple[float, list[Tensor]]] = []
     for index, victim in enumerate(victims):
-        drawn = [one.reconstructions[index].images.expand(-1, 3, -1, -1) for one in attacks]
+        results = [one.reconstructions[index] for one in attacks]
         if victim.images is None:
+            drawn = [result.images.expand(-1, 3, -1, -1) for result in results]
             rows += [(0.0, list(images)) for images in zip(*drawn, strict=True)]
             continue
-        drawn = [images[match(images, victim.images)] for images in drawn]
+        drawn = [matched(result, victim.images) for result in results]
         for position, private in enumerate(victim.images):
             best = max(one.found[index][position].psnr for one in attacks)
             recovered = [images[position] for images in drawn]

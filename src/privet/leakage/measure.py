@@ -22,19 +22,22 @@ OUTCOMES = ("recovered", "label only", "underdetermined", "attack failed")
 
 @dataclass(frozen=True, kw_only=True)
 class Success:
-    """What counts as recovered, fixed before the attack: either of the two is enough.
+    """What counts as recovered, fixed before the attack: any of these is enough.
 
     Attributes:
         psnr: in dB, at least.
         ssim: at least.
+        identified: whether it is enough that a gallery names the right person first (identify.py).
     """
 
     psnr: float = 20.0
     ssim: float = 0.6
+    identified: bool = False
 
-    def met(self, psnr: float, ssim: float | None) -> bool:
-        """Say whether an image as similar as this counts."""
-        return psnr >= self.psnr or (ssim is not None and ssim >= self.ssim)
+    def met(self, psnr: float, ssim: float | None, rank: int | None = None) -> bool:
+        """Say whether an image as similar as this counts, whose person a gallery names in this place."""
+        alike = psnr >= self.psnr or (ssim is not None and ssim >= self.ssim)
+        return alike or (self.identified and rank == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class Found:
         ssim: likewise; None for images below 11 px.
         label: whether its label came out.
         reason: why the attack failed, else "".
+        rank: of its person in a gallery, from 1; None without a gallery.
     """
 
     outcome: str
@@ -55,6 +59,7 @@ class Found:
     ssim: float | None
     label: bool
     reason: str
+    rank: int | None = None
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
@@ -81,8 +86,18 @@ def match(found: Tensor, private: Tensor) -> Tensor:
     return torch.as_tensor(linear_sum_assignment(cost.numpy())[1])
 
 
+def matched(reconstruction: Reconstruction, private: Tensor) -> Tensor:
+    """Return the images that were found, in colour and in the order of the private ones."""
+    images = reconstruction.images.expand(-1, private.shape[1], -1, -1)
+    return images[match(images, private)]
+
+
 def judge(
-    reconstruction: Reconstruction, private: Tensor, labels: Sequence[int], success: Success
+    reconstruction: Reconstruction,
+    private: Tensor,
+    labels: Sequence[int],
+    success: Success,
+    ranks: Sequence[int | None] | None = None,
 ) -> list[Found]:
     """Compare a reconstruction with the truth, which the attack never saw.
 
@@ -91,19 +106,25 @@ def judge(
         private: its images in [0, 1], (images, channels, height, width).
         labels: theirs.
         success: the thresholds.
+        ranks: places that a gallery gave to their people, or None without a gallery.
     """
-    images = reconstruction.images.expand(-1, private.shape[1], -1, -1)
-    images = images[match(images, private)]
+    images = matched(reconstruction, private)
     left = Counter(reconstruction.labels.tolist())
     founds = []
-    for ratio, similarity, label in zip(
-        psnr(images, private).tolist(), ssim(images, private), labels, strict=True
+    for ratio, similarity, label, rank in zip(
+        psnr(images, private).tolist(),
+        ssim(images, private),
+        labels,
+        ranks or [None] * len(labels),
+        strict=True,
     ):
         right = left[label] > 0
         left[label] -= right
-        recovered = success.met(ratio, similarity)
+        recovered = success.met(ratio, similarity, rank)
         outcome, reason = _outcome(reconstruction, recovered=recovered, label=right)
-        founds.append(Found(outcome=outcome, psnr=ratio, ssim=similarity, label=right, reason=reason))
+        founds.append(
+            Found(outcome=outcome, psnr=ratio, ssim=similarity, label=right, reason=reason, rank=rank)
+        )
     return founds
 
 

@@ -25,11 +25,13 @@ class Victim:
         update: the record.
         images: in [0, 1], (images, 3, height, width), or None.
         labels: theirs.
+        people: names of their classes, who they are if the images are of faces.
     """
 
     update: Update
     images: Tensor | None = None
     labels: tuple[int, ...] = ()
+    people: tuple[str, ...] = ()
 
 
 def simulate(
@@ -88,7 +90,8 @@ def simulate(
         )
         if defence is not None:
             update = defence.apply(update, seed=seed + index)
-        found.append(Victim(update=update, images=x, labels=told))
+        people = tuple(images.class_names[label] for label in told)
+        found.append(Victim(update=update, images=x, labels=told, people=people))
     return found
 
 
@@ -128,7 +131,13 @@ def open_victim(folder: Path, private: ImageSet | None = None) -> Victim:
             f"classes; the private images are {len(private)} of {private.size[0]} x {private.size[1]} px and "
             f"{private.classes} classes."
         )
-    return Victim(update=update, images=private.pixels.float() / 255, labels=tuple(private.labels.tolist()))
+    labels = tuple(private.labels.tolist())
+    return Victim(
+        update=update,
+        images=private.pixels.float() / 255,
+        labels=labels,
+        people=tuple(private.class_names[label] for label in labels),
+    )
 
 
 def threat_model(update: Update, *, aware: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """Reports: one JSON file for programs, one page for people, strips to look at."""
 
+from privet.report.leakage import write_leakage_report
 from privet.report.report import render, summarise, write_report
 from privet.report.strips import strips
 
-__all__ = ["render", "strips", "summarise", "write_report"]
+__all__ = ["render", "strips", "summarise", "write_leakage_report", "write_report"]

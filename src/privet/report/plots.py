@@ -77,7 +77,7 @@ def accuracy_bars(grid: Sequence[dict[str, Any]], recoveries: Sequence[dict[str,
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.0))
         figure.tight_layout(rect=(0, 0, 1, 0.92))
-        return _svg(figure)
+        return svg(figure)
 
 
 def learning_curves(
@@ -120,10 +120,11 @@ def learning_curves(
         handles = [Line2D([], [], color=COLOURS[data], label=NAMES[data]) for data in NAMES]
         figure.legend(handles=handles, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.0))
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.28 / figure.get_figheight()))
-        return _svg(figure)
+        return svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """Return a figure as SVG text without a date, and close it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     plt.close(figure)

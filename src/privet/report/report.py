@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from privet.audit import Audit
 from privet.audit.statistics import recovered, select
 from privet.audit.verdict import describe
 from privet.files import write_bytes, write_json
 from privet.images.montage import montage, png
 from privet.learning.confidence import clopper_pearson
+from privet.report.pages import pages
 from privet.report.plots import NAMES, accuracy_bars, learning_curves
 from privet.report.strips import strips
 
@@ -125,14 +124,7 @@ def render(report: dict[str, Any], *, pictures: bytes, recovered: bytes | None) 
     recoveries = [{"name": name, "words": describe(name), "short": name} for name in names]
     chance, count = report["images"]["chance"], report["images"]["test"]
     low, high = clopper_pearson(count // 2, count)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("privet.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    environment = pages()
     environment.filters["words"] = describe
     return environment.get_template("report.html").render(
         **report,

@@ -1,0 +1,116 @@
+"""How well embedders recognise people whom they never saw, before any reconstruction is shown to them.
+
+    python benchmarks/identify.py --data FOLDER    ORL faces at 32 px: about two minutes on one idle core
+
+A network learns to tell 20 people apart, and is tried on the 20 others; then the other way round. Every photograph
+is compared once with the other nine of its person and with the nine other people's that are left: 400 comparisons
+in all, among 20 people each. Beside it: plain pixels, which learn nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from privet.files import write_json
+from privet.images import ImageSet, open_images
+from privet.leakage.identify import Embedder, Gallery, Identified, identify
+from privet.learning import Learner, Runtime, learn
+from privet.models import SavedModel, save_model
+from privet.seeds import generator
+from protect import RESULTS, hardware
+
+LEARNER = Learner(architecture="resnet8", epochs=60, batch_size=32, distort=True)
+
+
+def part(images: ImageSet, people: Sequence[int]) -> ImageSet:
+    """Return the photographs of these people, who alone are its classes."""
+    chosen = images.subset([i for i, label in enumerate(images.labels.tolist()) if label in people])
+    labels = torch.tensor([people.index(label) for label in chosen.labels.tolist()])
+    return replace(chosen, labels=labels, class_names=tuple(images.class_names[label] for label in people))
+
+
+def changed(x: Tensor, how: str) -> Tensor:
+    """Return images as they are, under noise of 0.1 (about 20 dB), or blurred over 5 x 5 pixels."""
+    if how == "noise":
+        return (x + 0.1 * torch.randn(x.shape, generator=generator(0, "noise"))).clamp(0, 1)
+    return F.avg_pool2d(x, 5, 1, 2, count_include_pad=False) if how == "blur" else x
+
+
+def compare(people: ImageSet, embedder: Embedder, how: str) -> Identified:
+    """Compare each photograph with a gallery that holds none of the same turn."""
+    turn = torch.zeros(len(people), dtype=torch.int64)
+    for label in range(people.classes):
+        mine = people.labels == label
+        turn[mine] = torch.arange(int(mine.sum()))
+    found = []
+    for number in range(int(turn.max()) + 1):
+        probes = people.subset((turn == number).nonzero()[:, 0])
+        gallery = Gallery(photographs=people.subset((turn != number).nonzero()[:, 0]), embedder=embedder)
+        names = [people.class_names[label] for label in probes.labels.tolist()]
+        found.append(identify(changed(probes.pixels.float() / 255, how), names, gallery))
+    return together(found)
+
+
+def together(found: Sequence[Identified]) -> Identified:
+    """Return several comparisons as one."""
+    return Identified(
+        scores=torch.cat([one.scores for one in found]), own=torch.cat([one.own for one in found])
+    )
+
+
+def main() -> None:
+    """Measure, and write results/identify.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of orl-faces")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    runtime = Runtime.find("cpu", "float32")
+    images = open_images(chosen.data / "all.parquet", size=chosen.size)
+    order = torch.randperm(images.classes, generator=generator(chosen.seed, "people")).tolist()
+    half = len(order) // 2
+    found: dict[tuple[str, str], list[Identified]] = {}
+    seconds = []
+    for seen, unseen in ((order[:half], order[half:]), (order[half:], order[:half])):
+        known, others = part(images, seen), part(images, unseen)
+        started = time.process_time()
+        learned = learn(known, known, LEARNER, runtime=runtime, seed=chosen.seed)
+        seconds.append(time.process_time() - started)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "embedder.safetensors"
+            about = SavedModel(
+                architecture=LEARNER.architecture, class_names=known.class_names, size=known.size
+            )
+            save_model(path, learned.model, about)
+            for embedder in (Embedder.pixels(), Embedder.load(path, runtime)):
+                for how in ("clean", "noise", "blur"):
+                    name = embedder.about["embedder"]
+                    found.setdefault((name, how), []).append(compare(others, embedder, how))
+    result = {f"{name}, {how}": together(each).summary() for (name, how), each in found.items()}
+    for name, row in result.items():
+        print(name, row)
+    write_json(
+        RESULTS / "identify.json",
+        {
+            "learner": {"architecture": LEARNER.architecture, "epochs": LEARNER.epochs, "distort": True},
+            "people_learned": half,
+            "training_seconds": [round(one) for one in seconds],
+            **result,
+            "hardware": hardware(runtime.device, torch.get_num_threads()),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""privet audit leakage: measure what federated updates give away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from rich import print as say
+from rich.markup import escape
+
+from privet.cli.invert import create_inversion, identified_words, open_clients, open_gallery
+from privet.cli.screen import progress
+from privet.errors import OK, OVER_LIMIT, UsageError
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from privet.audit.leakage import Setting
+    from privet.leakage import Inversion
+
+
+def leakage(
+    source: str,
+    /,
+    *,
+    out: Path,
+    methods: str = "grnn",
+    defences: str = "none",
+    budget: str = "default",
+    set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
+    model: Path | None = None,
+    architecture: str | None = None,
+    victims: int = 10,
+    batch_size: int = 1,
+    local_steps: int = 1,
+    learning_rate: float = 0.1,
+    labels_known: Annotated[bool, Parameter(negative="")] = False,
+    layers: bool = True,
+    public: str | None = None,
+    gallery: str | None = None,
+    embedder: str = "pixels",
+    psnr: float = 20.0,
+    ssim: float = 0.6,
+    identified: Annotated[bool, Parameter(negative="")] = False,
+    fail_above: float | None = None,
+    hide: Annotated[bool, Parameter(negative="")] = False,
+    size: int | None = None,
+    split: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Attack simulated clients with every method, against every defence, and say what came out.
+
+    Every attack on a defence stands beside the same attack without one. Every finished setting is one line of
+    cells.jsonl; a killed audit goes on when the same command is given again.
+
+    Parameters
+    ----------
+    source
+        The clients' images: a folder of class folders, Parquet, or a hub id.
+    out
+        New folder for report.html, report.json, cells.jsonl and the images that were found.
+    methods
+        Inversions, with commas between: grnn, dlg, ig, analytic.
+    defences
+        With commas between: none, clip-NORM, gaussian-SIGMA, laplace-B, topk-PERCENT, int8, sign, or several joined
+        by +. Without a defence clients are attacked in any case, as the control.
+    budget
+        default, or long: ten times the steps.
+    set
+        Change a setting of all methods, as NAME=VALUE, or of one, as METHOD.NAME=VALUE; may be repeated.
+    model
+        The network of the clients, as 'privet learn' saved it.
+    architecture
+        In place of a model: a network with fresh weights.
+    victims
+        Simulated clients.
+    batch_size
+        Private images of each client.
+    local_steps
+        SGD steps of each client before it sends its change.
+    learning_rate
+        Of those.
+    labels_known
+        The attacker is told the labels.
+    layers
+        Whether single layers are attacked as well, by the first method; --no-layers for deep networks.
+    public
+        Images of the same kind that are not private, for the baselines.
+    gallery
+        Other photographs of the same people, in a folder for each, to see whether reconstructions are recognised.
+    embedder
+        What compares faces: pixels, or a file of 'privet learn', trained on a folder for each of other people.
+    psnr
+        An image counts as recovered from so many dB on,
+    ssim
+        or from this structural similarity on,
+    identified
+        or, with this, if the gallery names its person first.
+    fail_above
+        End with exit code 9 if the upper 95 % bound of the share of clients who lose an image exceeds this share under
+        any of --defences.
+    hide
+        Leave the private images out of the page.
+    size
+        Side in pixels of the clients' images.
+    split
+        Split of a hub data set or of a folder of Parquet files.
+    seed
+        Of the victims, the defences and the attacks.
+    device
+        auto, cpu or cuda.
+    """
+    from privet.audit.leakage import Clients, LeakagePlan, audit_leakage
+    from privet.images import open_images
+    from privet.leakage.measure import Success
+    from privet.learning import Runtime
+    from privet.report import write_leakage_report
+
+    if fail_above is not None:
+        _announce(fail_above, victims)
+    here = Runtime.find(device, "float32")
+    plan = LeakagePlan(
+        inversions=_inversions(_split(methods), budget, set or []),
+        defences=_split(defences),
+        layers=layers,
+        clients=Clients(
+            victims=victims,
+            batch_size=batch_size,
+            local_steps=local_steps,
+            learning_rate=learning_rate,
+            labels_known=labels_known,
+        ),
+        success=Success(psnr=psnr, ssim=ssim, identified=identified),
+        seed=seed,
+    )
+    with progress() as listener:
+        network, name, images = open_clients(
+            source, model=model, architecture=architecture, size=size, split=split, seed=seed
+        )
+        others = None if public is None else open_images(public, size=images.size).pixels.float() / 255
+        found = audit_leakage(
+            network,
+            images,
+            architecture=name,
+            out=out,
+            plan=plan,
+            runtime=here,
+            source={"source": source, "model": str(model or architecture)},
+            public=others,
+            gallery=None if gallery is None else open_gallery(gallery, embedder, images.size, here),
+            progress=listener,
+            finished=_finished,
+        )
+    report = write_leakage_report(found, out, hide=hide)
+    _say(report)
+    say(f"Report: {escape(str(out / 'report.html'))}")
+    if fail_above is not None and found.highest > fail_above:
+        say(f"[bold red]Above the limit:[/] the upper bound is {found.highest:.1%}, not {fail_above:.1%}.")
+        return OVER_LIMIT
+    return OK
+
+
+def _announce(limit: float, victims: int) -> None:
+    """Refuse a limit that is none, and say before the work if it cannot be met."""
+    from privet.audit.leakage import needed_victims
+
+    if not 0 < limit <= 1:
+        raise UsageError(f"Expected --fail-above to be a share above 0 and at most 1, got {limit}.")
+    if victims < (needed := needed_victims(limit)):
+        say(
+            f"With {victims} victims no outcome can stay within --fail-above {limit:g}: it takes at least {needed}."
+        )
+
+
+def _inversions(methods: tuple[str, ...], budget: str, settings: list[str]) -> tuple[Inversion, ...]:
+    """Return the inversions, each with the settings that are meant for it."""
+    for setting in settings:
+        method, dot, _ = setting.partition("=")[0].partition(".")
+        if dot and method not in methods:
+            raise UsageError(f"--set {setting} is for {method}, which is not among --methods.")
+    found = []
+    for method in methods:
+        mine = [one.removeprefix(f"{method}.") for one in settings if _is_for(one, method)]
+        found.append(create_inversion(method, "default", budget, mine))
+    return tuple(found)
+
+
+def _is_for(setting: str, method: str) -> bool:
+    name = setting.partition("=")[0]
+    return "." not in name or name.startswith(f"{method}.")
+
+
+def _split(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _finished(setting: Setting, result: dict[str, Any], done: int, total: int) -> None:
+    total_found = result["summary"]
+    what = f"layer {setting.layer} alone" if setting.layer else f"{setting.defence}, {setting.attacker}"
+    say(
+        f"[{done}/{total}] {setting.method}, {escape(what)}: {total_found['victims_recovered']} of "
+        f"{total_found['victims']} clients, median PSNR {total_found['median_psnr']:.1f} dB"
+    )
+
+
+def _say(report: dict[str, Any]) -> None:
+    colour = "red" if report["worst"]["share"] else "magenta"
+    say(f"\n[bold {colour}]{escape(report['headline'])}[/]")
+    low, high = report["worst"]["bounds"]
+    say(f"  95 % bounds of that share: {low:.0%} to {high:.0%}")
+    for row in report["settings"]:
+        if row["identification"]:
+            name = f"{row['method']}, {row['defence']}, {row['attacker']}"
+            say(f"  {escape(name)}: {identified_words(row['identification'])}")
+    for name, row in report["identification"].items():
+        say(f"  control {name}: {identified_words(row)}")
+    for doubt in report["doubts"]:
+        say(f"  [yellow]Doubt ({doubt['name']}):[/] {escape(doubt['says'])}")
