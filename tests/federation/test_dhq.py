@@ -351,3 +351,11 @@ def test_the_checksum_is_crc_32c(data: bytes) -> None:
             found.append(crc32c(data))
     assert found[0] == found[1]
     assert crc32c(b"123456789") == 0xE3069283  # the published check value
+
+
+@pytest.mark.parametrize("alive", [0, 1, 3])
+def test_values_that_are_nearly_all_zero(alive: int) -> None:
+    update = {name: np.zeros((40, 30), np.float32) for name in ("first", "second")}
+    update["first"].flat[:alive] = 0.5
+    told = decode(DHQ().encode(update, budget="50%"), Schema.of(update))
+    assert np.count_nonzero(told["first"]) == alive and not told["second"].any()

@@ -113,7 +113,7 @@ def federate(
     """
     from privet.federation.flower.federate import federate as play
     from privet.federation.flower.plan import Plan
-    from privet.images import open_images
+    from privet.images import align, open_images
     from privet.report import write_federation
 
     given: dict[str, Any] = locals()
@@ -121,7 +121,9 @@ def federate(
     here = machine.find()
     with progress(here.rank) as listener:
         images = open_images(train, size=size, split=split, limit=limit, progress=listener)
-        others = open_images(test, size=size or images.size[0], split=test_split, progress=listener)
+        others = align(
+            open_images(test, size=images.size, split=test_split, progress=listener), images.class_names
+        )
         report = play(
             images,
             others,

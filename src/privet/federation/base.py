@@ -42,11 +42,24 @@ class Codec(ABC):
         name: the name that `create_codec` takes.
         number: the same on the wire.
         feedback: whether what a message leaves out is added to the next update.
+        chooses: whether it sends a share of the values, which a budget may set; others send every value.
     """
 
     name: ClassVar[str]
     number: ClassVar[int]
     feedback: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
+
+    def allow(self, budget: Budget | str | None) -> Budget | None:
+        """Return a budget as `encode` takes it.
+
+        Raises:
+            UsageError: it is none, or of a kind that this codec does not have.
+        """
+        allowed = Budget.parse(budget) if isinstance(budget, str) else budget
+        if allowed is not None and allowed.fraction is not None and not self.chooses:
+            raise UsageError(f"{self.name} sends every value; give its budget in bytes, or none.")
+        return allowed
 
     @final
     def encode(
@@ -70,7 +83,7 @@ class Codec(ABC):
             UsageError: the budget is too small, or of a kind that this codec does not have.
         """
         schema = schema or Schema.of(update)
-        allowed = Budget.parse(budget) if isinstance(budget, str) else budget
+        allowed = self.allow(budget)
         values, plain = schema.flatten(update)
         if self.feedback and state is not None:
             values = state.carry(values)
@@ -100,8 +113,6 @@ class Codec(ABC):
         self, values: Values, schema: Schema, budget: Budget | None, others: Sections, seed: int
     ) -> tuple[Sections, Decoded]:
         """Return what `_compress` makes within the budget; codecs that have no choice of size make what they make."""
-        if budget is not None and budget.fraction is not None:
-            raise UsageError(f"{self.name} sends every value; give its budget in bytes, or none.")
         return self._compress(values, schema, seed)
 
     @abstractmethod

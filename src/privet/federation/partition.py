@@ -10,7 +10,7 @@ from privet.seeds import derive
 
 Index = NDArray[np.int64]
 
-ATTEMPTS = 1000
+ATTEMPTS = 200
 
 
 def iid(count: int, clients: int, *, seed: int = 0) -> list[Index]:

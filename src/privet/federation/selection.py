@@ -35,6 +35,8 @@ def select(values: Values, schema: Schema, count: int) -> Index:
             start, end = schema.offsets[tensor : tensor + 2]
             parts[tensor] = start + largest(values[start:end], floors[tensor])
             free.remove(tensor)
+        if not free:  # values that are nearly all zero
+            return np.concatenate(parts)
         # The others share what is left, and some of them may now fall short.
         held = np.concatenate([parts[tensor] for tensor in free])
         held = held[largest(values[held], count - sum(map(len, parts)) + len(held))]

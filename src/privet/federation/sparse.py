@@ -24,6 +24,7 @@ class SparseCodec(Codec):
     """A codec that sends the values at some positions; it implements `_write` and `_read`."""
 
     feedback = True
+    chooses = True
 
     def _fitting(
         self, values: Values, schema: Schema, budget: Budget | None, others: Sections, seed: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord
 
 from privet.federation.base import Codec
+from privet.federation.budget import Budget
 from privet.federation.flower.link import Arrays, difference, moved, pack, record_of, schema_of
 from privet.federation.message import read
 from privet.federation.state import SenderState
@@ -31,7 +32,7 @@ class Download:
     """
 
     codec: Codec | None
-    budget: str | None
+    budget: Budget | None
     weights: Arrays = field(default_factory=dict)
     visible: Arrays = field(default_factory=dict)
     version: int = 0

@@ -22,14 +22,12 @@ from privet.federation.flower.link import Arrays
 from privet.federation.flower.plan import Plan, create_codec
 from privet.federation.flower.strategy import Round
 from privet.federation.schema import Update
-from privet.federation.sparse import SparseCodec
 from privet.files import WORKSPACE, claim, finish, read_json, write_json
 from privet.images import ImageSet
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.train import accuracy
-from privet.learning.update import Treatment
+from privet.learning.update import Treatment, short
 from privet.learning.update import Update as Record
-from privet.learning.update import short
 from privet.learning.update_files import save_update
 from privet.models import SavedModel, create_model, save_model
 from privet.progress import Progress, silent
@@ -125,7 +123,8 @@ def _play(
 
     app = client_app(plan, images_of, runtime=runtime)
     grid = LocalGrid(app, [{"partition-id": number} for number in range(plan.clients)])
-    strategy = plan.wrapper({str(number): len(part) for number, part in enumerate(images)}, watch)
+    with _quiet():
+        strategy = plan.wrapper({str(number): len(part) for number, part in enumerate(images)}, watch)
     history: list[float] = []
     workspace = out / WORKSPACE
     if (state := load(workspace, strategy, grid)) is not None:
@@ -154,16 +153,13 @@ def _play(
     return history, strategy.rounds, arrays
 
 
-def _record(
-    folder: Path, plan: Plan, images: ImageSet, model: Arrays, update: Update, number: int
-) -> None:
+def _record(folder: Path, plan: Plan, images: ImageSet, model: Arrays, update: Update, number: int) -> None:
     """Write what a server knows of a client's update, for an attack on it."""
     network = create_model(plan.architecture, classes=images.classes, size=images.size)
     network.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in model.items()})
-    sent = {
-        short(name): torch.from_numpy(np.array(update[name])) for name, _ in network.named_parameters()
-    }
+    sent = {short(name): torch.from_numpy(np.array(update[name])) for name, _ in network.named_parameters()}
     batch, steps = steps_of(plan, len(images))
+    codec = create_codec(plan.codec)
     save_update(
         folder,
         Record.of(
@@ -177,7 +173,7 @@ def _record(
             local_steps=steps,
             learning_rate=plan.learning_rate,
             kind="delta",
-            treatment=Treatment(sparse=isinstance(create_codec(plan.codec), SparseCodec)),
+            treatment=Treatment(sparse=codec is not None and codec.chooses),
             notes={"round": number, "codec": plan.codec, "budget": plan.budget},
         ),
     )
@@ -215,10 +211,10 @@ def _summary(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let Flower's log say only what went wrong."""
+    """Silence Flower's log: what it says of rounds and refusals is in the report."""
     log = logging.getLogger("flwr")
     level = log.level
-    log.setLevel(logging.WARNING)
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -48,11 +48,14 @@ class CodecMod:
     Args:
         codec: for what is sent; None sends whole models, for comparison.
         budget: "1%" of the values, "64KiB" in all, or None for the codec's usual size.
+
+    Raises:
+        UsageError: a budget that this codec does not have.
     """
 
-    def __init__(self, codec: Codec | None = DHQ(), *, budget: str | None = "1%") -> None:  # noqa: B008
+    def __init__(self, codec: Codec | None = DHQ(), *, budget: str | None = None) -> None:  # noqa: B008
         self.codec = codec
-        self.budget = budget
+        self.budget = None if codec is None else codec.allow(budget)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Unpack a request, let the ClientApp answer, and pack its reply."""

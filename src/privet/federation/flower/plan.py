@@ -28,7 +28,6 @@ from privet.federation.sampling import (
     Uniform,
     Weighted,
 )
-from privet.federation.sparse import SparseCodec
 
 STRATEGIES: dict[str, type[FedAvg]] = {"fedavg": FedAvg, "fedavgm": FedAvgM, "fedadam": FedAdam}
 SAMPLERS: dict[str, type[Sampler]] = {"uniform": Uniform, "cyclic": Cyclic, "weighted": Weighted}
@@ -93,8 +92,9 @@ class Plan:
                 raise UsageError(
                     f"Unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}."
                 )
-        create_codec(self.codec)
-        create_codec(self.download)
+        self.mod()
+        if (codec := create_codec(self.download)) is not None:
+            codec.allow(_budget(codec, self.download_budget))
         if min(self.clients, self.rounds, self.local_epochs, self.batch_size) < 1 or self.learning_rate <= 0:
             raise UsageError(
                 "Expected at least 1 client, 1 round, 1 local epoch, batches of 1, and a learning rate above 0."
@@ -121,7 +121,8 @@ class Plan:
 
     def mod(self) -> CodecMod:
         """Return the clients' mod."""
-        return CodecMod(create_codec(self.codec), budget=_budget(self.codec, self.budget))
+        codec = create_codec(self.codec)
+        return CodecMod(codec, budget=_budget(codec, self.budget))
 
     def wrapper(self, sizes: Mapping[str, int], watch: Watch | None = None) -> CodecStrategy:
         """Return the server's strategy.
@@ -130,10 +131,11 @@ class Plan:
             sizes: number of images by client's name.
             watch: as for `CodecStrategy`.
         """
+        codec = create_codec(self.download)
         return CodecStrategy(
             self.inner(),
-            codec=create_codec(self.download),
-            budget=_budget(self.download, self.download_budget),
+            codec=codec,
+            budget=_budget(codec, self.download_budget),
             sampler=self.draw(sizes),
             nodes=self.clients,
             watch=watch,
@@ -181,6 +183,6 @@ def create_codec(name: str) -> Codec | None:
     return CODEC_NAMES[name]()
 
 
-def _budget(codec: str, budget: str) -> str | None:
-    """Return the budget, or None where the codec sends every value."""
-    return budget or None if isinstance(create_codec(codec), SparseCodec) else None
+def _budget(codec: Codec | None, budget: str) -> str | None:
+    """Return the budget; a share of the values is left to codecs that choose some."""
+    return None if not budget or codec is None or (budget.endswith("%") and not codec.chooses) else budget

@@ -101,6 +101,9 @@ class CodecStrategy(Strategy):
         nodes: how many to wait for before the first round.
         watch: called for each update that is taken, with the round, the client's name, the model that it started
             from, and the update.
+
+    Raises:
+        UsageError: a budget that the codec does not have.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class CodecStrategy(Strategy):
         inner: Strategy,
         *,
         codec: Codec | None = DHQ(),  # noqa: B008
-        budget: str | None = "1%",
+        budget: str | None = None,
         sampler: Sampler | None = None,
         nodes: int = 2,
         watch: Watch | None = None,
@@ -117,7 +120,7 @@ class CodecStrategy(Strategy):
         self.sampler = sampler
         self.nodes = nodes
         self.watch = watch
-        self.download = Download(codec=codec, budget=budget)
+        self.download = Download(codec=codec, budget=None if codec is None else codec.allow(budget))
         self.known: dict[int, Node] = {}
         self.rounds: list[Round] = []
         self._asked: dict[int, str] = {}  # nodes of the requests that are on their way

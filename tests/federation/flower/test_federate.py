@@ -1,0 +1,144 @@
+"""Whole federations: killed and resumed, their pages, and their updates under attack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import blobs, stop_after
+
+from privet.cli import main
+from privet.errors import InputError, OutputError, UsageError
+from privet.federation.flower.federate import federate
+from privet.federation.flower.plan import Plan
+from privet.learning import Runtime, load_update
+from privet.report import write_federation
+
+Make = Callable[..., Path]
+PLAN = Plan(
+    architecture="cnn-w4",
+    clients=5,
+    alpha=1.0,
+    rounds=4,
+    fraction=0.6,
+    batch_size=8,
+    budget="5%",
+    download_budget="5%",
+    augment=False,
+)
+TRAIN, TEST = blobs(120), blobs(30, seed=1)
+
+
+def play(out: Path, runtime: Runtime, plan: Plan = PLAN, **more: Any) -> dict[str, Any]:
+    return federate(TRAIN, TEST, plan, out, runtime=runtime, source={"train": "blobs"}, **more)
+
+
+def test_it_learns_and_says_what_it_took(tmp_path: Path, runtime: Runtime) -> None:
+    report = play(tmp_path, runtime, replace(PLAN, rounds=12, learning_rate=0.1))
+    assert report["accuracy"]["last"] > 0.8  # of three classes
+    assert [one["round"] for one in report["rounds"]] == list(range(1, 13))
+    assert report["participations"] == 36
+    moved = report["bytes"]
+    assert moved["updates"] < moved["up"] and moved["whole_models"] == 2 * 36 * moved["model"]
+    assert all(one["laws"].keys() == set(one["chosen"]) for one in report["rounds"])
+    page = write_federation(report, tmp_path).read_text("utf-8")
+    assert page.count("<svg") == 4 and "None was left out" in page
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam"])
+@pytest.mark.parametrize("kills", [1, 2])
+def test_killed_and_resumed(strategy: str, kills: int, tmp_path: Path, runtime: Runtime) -> None:
+    plan = replace(PLAN, strategy=strategy, schedule="exponential", decay=0.2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    play(whole, runtime, plan, record=2)
+    for _ in range(kills):
+        with pytest.raises(KeyboardInterrupt):
+            play(parts, runtime, plan, record=2, progress=stop_after(1))
+    play(parts, runtime, plan, record=2)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert len(files) == 3 + 4
+    for file in files:
+        assert (whole / file).read_bytes() == (parts / file).read_bytes(), file
+
+
+def test_a_folder_of_another_federation(tmp_path: Path, runtime: Runtime) -> None:
+    play(tmp_path, runtime, replace(PLAN, rounds=1))
+    with pytest.raises(OutputError, match="another plan"):
+        play(tmp_path, runtime, replace(PLAN, rounds=1, budget="2%"))
+
+
+def test_a_damaged_checkpoint(tmp_path: Path, runtime: Runtime) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path, runtime, progress=stop_after(2))
+    (tmp_path / ".privet" / "server.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match="damaged"):
+        play(tmp_path, runtime)
+
+
+def test_fewer_bytes_than_whole_models(tmp_path: Path, runtime: Runtime) -> None:
+    whole = play(tmp_path / "whole", runtime, replace(PLAN, codec="none", download="none"))
+    few = play(tmp_path / "few", runtime)
+    assert few["bytes"]["up"] < whole["bytes"]["up"] / 2
+    assert few["bytes"]["down"] < whole["bytes"]["down"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"codec": "zip"}, "Unknown codec 'zip'; expected one of none, dhq"),
+        ({"strategy": "fedsgd"}, "Unknown strategy 'fedsgd'; expected one of fedavg"),
+        ({"sampler": "best"}, "Unknown sampler"),
+        ({"schedule": "slow"}, "Unknown schedule"),
+        ({"budget": "much"}, "Expected a budget like 1%"),
+        ({"download_budget": "0%"}, "budget above 0"),
+        ({"alpha": -1.0}, "Expected alpha above 0"),
+        ({"rounds": 0}, "1 round"),
+        ({"fraction": 2.0}, "Expected fractions up to 1"),
+    ],
+)
+def test_plans_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Plan(**settings)
+
+
+def test_a_plan_in_a_run_configuration() -> None:
+    assert Plan.of({"local-epochs": 3, "codec": "eden", "other": 1}) == Plan(local_epochs=3, codec="eden")
+
+
+def test_recorded_updates_are_attacked(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test, out = make_folder(TRAIN, "train"), make_folder(TEST, "test"), tmp_path / "out"
+    few = ["--clients", "4", "--rounds", "2", "--alpha", "0", "--no-augment", "--batch-size", "30"]
+    run = ["federate", str(train), "--test", str(test), "--out", str(out), "--architecture", "cnn-w4"]
+    machine = ["--device", "cpu", "--precision", "float32"]
+    assert main([*run, *few, "--record", "1", "--fraction", "0.5", *machine]) == 0
+    assert "bytes moved" in " ".join(capsys.readouterr().out.split())
+    assert (out / "report.html").exists()
+    (record,) = (out / "updates").iterdir()
+    update = load_update(record)
+    assert update.kind == "delta" and update.treatment.sparse and update.local_steps == 1
+    assert update.images == 30 and update.notes == {"round": 2, "codec": "dhq", "budget": "1%"}
+    zero = sum(int((value == 0).sum()) for value in update.values.values())
+    assert 0.5 < zero / sum(value.numel() for value in update.values.values()) < 1
+    given = ["invert", str(record), "--method", "ig", "--set", "steps=2", "--out", str(tmp_path / "found")]
+    assert main([*given, "--device", "cpu"]) == 0
+    report = json.loads((tmp_path / "found" / "report.json").read_text())
+    assert [one["aware"] for one in report["attacks"]] == [True, False]
+
+
+def test_a_mistake_on_the_command_line(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = make_folder(TRAIN, "train")
+    run = ["federate", str(train), "--test", str(train), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*run, "--budget", "much"]) == UsageError.exit_code
+    assert "Expected a budget like 1%" in " ".join(capsys.readouterr().err.split())
+    assert main([*run, "--clients", "500"]) == UsageError.exit_code
+    assert "10 images for each client" in " ".join(capsys.readouterr().err.split())
+    assert torch.is_grad_enabled()
