@@ -27,18 +27,17 @@ def render_federation(report: dict[str, Any]) -> str:
     """Return the page of a federation."""
     environment = pages()
     environment.filters["bytes"] = size_of
-    rounds, names = report["rounds"], report["class_names"]
-    counts = [sum(client["classes"][label] for client in report["clients"]) for label in range(len(names))]
+    rounds, clients = report["rounds"], report["clients"]
     total = report["bytes"]["down"] + report["bytes"]["up"]
     return environment.get_template("federation.html").render(
         **report,
         total=total,
         times=report["bytes"]["whole_models"] / total if total else 0.0,
         refusals=[(one["round"], name, why) for one in rounds for name, why in one["refused"].items()],
-        curves=accuracy_by_bytes(rounds, max(counts) / sum(counts)),
+        curves=accuracy_by_bytes(rounds, report["chance"]),
         laws=laws(rounds),
-        attendance=attendance(rounds, [client["name"] for client in report["clients"]]),
-        split=classes(report["clients"], names),
+        attendance=attendance(rounds, [client["name"] for client in clients]),
+        split=classes(clients, report["class_names"]) if "classes" in clients[0] else None,
     )
 
 

@@ -26,7 +26,9 @@ from privet.files import write_bytes
 SERVER = "server.safetensors"
 
 
-def save(folder: Path, strategy: CodecStrategy, grid: LocalGrid, arrays: ArrayRecord, more: Any) -> None:
+def save(
+    folder: Path, strategy: CodecStrategy, grid: LocalGrid | None, arrays: ArrayRecord, more: Any
+) -> None:
     """Write the server's state, and that of the clients of the last round.
 
     Whatever kills this, what `load` finds is one round, whole: the server's file names the clients' files, and
@@ -35,14 +37,14 @@ def save(folder: Path, strategy: CodecStrategy, grid: LocalGrid, arrays: ArrayRe
     Args:
         folder: where.
         strategy: after a round.
-        grid: likewise.
+        grid: likewise; None if the nodes live elsewhere, with their state.
         arrays: the model that the round left.
         more: JSON that `load` returns.
     """
     number = strategy.rounds[-1].round
     files = _record(folder)["clients"] if (folder / SERVER).exists() else {}
-    for node in grid.contexts:
-        if node in strategy.known and strategy.known[node].name in strategy.rounds[-1].chosen:
+    for node in grid.contexts if grid else ():
+        if grid and node in strategy.known and strategy.known[node].name in strategy.rounds[-1].chosen:
             files[str(node)] = f"client-{node}-{number}.safetensors"
             write_bytes(folder / files[str(node)], _client(grid.contexts[node].state))
     download = strategy.download
@@ -70,7 +72,7 @@ def save(folder: Path, strategy: CodecStrategy, grid: LocalGrid, arrays: ArrayRe
             path.unlink()
 
 
-def load(folder: Path, strategy: CodecStrategy, grid: LocalGrid) -> tuple[ArrayRecord, Any] | None:
+def load(folder: Path, strategy: CodecStrategy, grid: LocalGrid | None) -> tuple[ArrayRecord, Any] | None:
     """Restore what `save` wrote; return the model and the further JSON, or None if there is nothing.
 
     Raises:
@@ -87,7 +89,8 @@ def load(folder: Path, strategy: CodecStrategy, grid: LocalGrid) -> tuple[ArrayR
         strategy.go_on(
             arrays,
             rounds=[_round(one) for one in record["rounds"]],
-            known={int(node): Node(**known) for node, known in record["nodes"].items()},
+            # What nodes elsewhere held is gone with the run that they held it for.
+            known={int(node): Node(**known) for node, known in record["nodes"].items()} if grid else {},
         )
         download = strategy.download
         download.weights, download.version = model, record["version"]
@@ -98,8 +101,8 @@ def load(folder: Path, strategy: CodecStrategy, grid: LocalGrid) -> tuple[ArrayR
             if name.startswith("difference/")
         }
         _remember(strategy.inner, tensors, record["memory"])
-        for node, file in record["clients"].items():
-            _restore(folder / file, grid.contexts[int(node)].state, names)
+        for node, file in record["clients"].items() if grid else ():
+            _restore(folder / file, grid.contexts[int(node)].state, names)  # type: ignore[union-attr]
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(
             f"The checkpoint in {folder} is damaged ({error}). Delete it and begin anew."

@@ -21,7 +21,7 @@ from privet.seeds import derive, generator
 
 
 def client_app(plan: Plan, images_of: Callable[[Context], ImageSet], *, runtime: Runtime) -> ClientApp:
-    """Return the ClientApp of a federation.
+    """Return the ClientApp of a federation in this process.
 
     Args:
         plan: of the federation.
@@ -29,33 +29,44 @@ def client_app(plan: Plan, images_of: Callable[[Context], ImageSet], *, runtime:
         runtime: where it trains.
     """
     app = ClientApp(mods=[plan.mod()])
-    networks: dict[tuple[int, tuple[int, int]], nn.Module] = {}
+    networks: list[nn.Module] = []
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         images = images_of(context)
-        about = images.classes, images.size
-        if about not in networks:
-            networks[about] = runtime.place(
-                create_model(plan.architecture, classes=images.classes, size=images.size)
-            )
-        network = networks[about]
-        key, arrays = only_arrays(message.content)
-        network.load_state_dict(arrays.to_torch_state_dict())
-        config = next(iter(message.content.config_records.values()))
-        loss = train_locally(
-            network,
-            images,
-            plan,
-            round=int(str(config["server-round"])),
-            name=name_of(context),
-            runtime=runtime,
-        )
-        metrics = MetricRecord({"num-examples": len(images), "loss": loss})
-        content = RecordDict({key: ArrayRecord(network.state_dict()), "metrics": metrics})
-        return Message(content, reply_to=message)
+        if not networks:
+            networks.append(network_for(plan, images, runtime=runtime))
+        return answer(message, context, plan, images, networks[0], runtime=runtime)
 
     return app
+
+
+def network_for(plan: Plan, images: ImageSet, *, runtime: Runtime) -> nn.Module:
+    """Return the network that clients with such images train, in its place."""
+    return runtime.place(create_model(plan.architecture, classes=images.classes, size=images.size))
+
+
+def answer(
+    message: Message, context: Context, plan: Plan, images: ImageSet, network: nn.Module, *, runtime: Runtime
+) -> Message:
+    """Train on a client's images from the model in a message, and return what came of it.
+
+    Args:
+        message: with the model and the round.
+        context: of the node.
+        plan: says how to train.
+        images: of the client.
+        network: into which the model is put.
+        runtime: where it trains.
+    """
+    key, arrays = only_arrays(message.content)
+    network.load_state_dict(arrays.to_torch_state_dict())
+    config = next(iter(message.content.config_records.values()))
+    number = int(str(config["server-round"]))
+    loss = train_locally(network, images, plan, round=number, name=name_of(context), runtime=runtime)
+    metrics = MetricRecord({"num-examples": len(images), "loss": loss})
+    content = RecordDict({key: ArrayRecord(network.state_dict()), "metrics": metrics})
+    return Message(content, reply_to=message)
 
 
 def steps_of(plan: Plan, images: int) -> tuple[int, int]:

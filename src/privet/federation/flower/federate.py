@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid
 
 from privet.errors import InputError
 from privet.federation.flower.checkpoint import load, save
@@ -20,7 +21,7 @@ from privet.federation.flower.client import client_app, steps_of
 from privet.federation.flower.grids import LocalGrid
 from privet.federation.flower.link import Arrays
 from privet.federation.flower.plan import Plan, create_codec
-from privet.federation.flower.strategy import Round
+from privet.federation.flower.strategy import CodecStrategy, Round
 from privet.federation.schema import Update
 from privet.files import WORKSPACE, claim, finish, read_json, write_json
 from privet.images import ImageSet
@@ -71,63 +72,78 @@ def federate(
     if train.class_names != test.class_names or train.size != test.size:
         raise InputError("Training and test images must have the same classes and one size.")
     parts = plan.split(train.labels.numpy())
-    run = {
+    run = run_of(plan, test, source=source, runtime=runtime) | {"record": record, "train": train.digest}
+    if not claim(out, run):
+        images = [train.subset(torch.from_numpy(part)) for part in parts]
+        clients: list[dict[str, Any]] = [
+            {
+                "name": str(number),
+                "images": len(part),
+                "classes": part.labels.bincount(minlength=part.classes).tolist(),
+            }
+            for number, part in enumerate(images)
+        ]
+
+        def images_of(context: Context) -> ImageSet:
+            return images[int(str(context.node_config["partition-id"]))]
+
+        def watch(number: int, name: str, model: Arrays, update: Update) -> None:
+            if number == plan.rounds and len(strategy.rounds[-1].accepted) <= record:
+                _record(out / RECORDS / name, plan, images[int(name)], model, update, number)
+
+        app = client_app(plan, images_of, runtime=runtime)
+        grid = LocalGrid(app, [{"partition-id": number} for number in range(plan.clients)])
+        with _quiet():
+            strategy = plan.wrapper({client["name"]: client["images"] for client in clients}, watch=watch)
+            report = play(plan, test, out, strategy, grid, runtime=runtime, progress=progress)
+        write_json(out / REPORT, {**run, **report, "clients": clients})
+        finish(out, run, {})
+    return read_json(out / REPORT)
+
+
+def run_of(plan: Plan, test: ImageSet, *, source: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+    """Return what a federation's bytes depend on, beside its clients' images."""
+    return {
         "privet": VERSION,
         "plan": plan.json(),
         "source": source,
-        "record": record,
-        "train": train.digest,
         "test": test.digest,
         "device": describe_device(runtime.device, torch.get_num_threads()),
         "precision": runtime.precision,
         "torch": torch.__version__,
     }
-    if not claim(out, run):
-        images = [train.subset(torch.from_numpy(part)) for part in parts]
-        history, rounds, arrays = _play(
-            images, test, plan, out, runtime=runtime, record=record, progress=progress
-        )
-        model = create_model(plan.architecture, classes=train.classes, size=train.size)
-        model.load_state_dict(arrays.to_torch_state_dict())
-        about = SavedModel(architecture=plan.architecture, class_names=train.class_names, size=train.size)
-        save_model(out / MODEL, model, about)
-        write_json(out / REPORT, {**run, **_summary(plan, images, history, rounds, arrays)})
-        finish(out, run, {})
-    return read_json(out / REPORT)
 
 
-def _play(
-    images: list[ImageSet],
-    test: ImageSet,
+def play(
     plan: Plan,
+    test: ImageSet,
     out: Path,
+    strategy: CodecStrategy,
+    grid: Grid,
     *,
     runtime: Runtime,
-    record: int,
-    progress: Progress,
-) -> tuple[list[float], list[Round], ArrayRecord]:
-    """Play all rounds, or those that are left; return accuracies, rounds and the model."""
-    network = create_model(
-        plan.architecture, classes=test.classes, size=test.size, seed=derive(plan.seed, "weights")
-    )
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Play all rounds, or those that are left, and write the model; return what happened, as JSON values.
+
+    Args:
+        plan: of the federation.
+        test: images that the model is measured on after each round.
+        out: the federation's folder, which the run has claimed.
+        strategy: the server's.
+        grid: of the nodes. Their state is kept in files if they live in this process; else they get
+            the whole model after a restart.
+        runtime: where the model is measured.
+        progress: told about rounds.
+    """
+    seed = derive(plan.seed, "weights")
+    network = create_model(plan.architecture, classes=test.classes, size=test.size, seed=seed)
     arrays = ArrayRecord(network.state_dict())
     network = runtime.place(network)
-
-    def images_of(context: Context) -> ImageSet:
-        return images[int(str(context.node_config["partition-id"]))]
-
-    def watch(number: int, name: str, model: Arrays, update: Update) -> None:
-        kept = strategy.rounds[-1].accepted
-        if number == plan.rounds and len(kept) <= record:
-            _record(out / RECORDS / name, plan, images[int(name)], model, update, number)
-
-    app = client_app(plan, images_of, runtime=runtime)
-    grid = LocalGrid(app, [{"partition-id": number} for number in range(plan.clients)])
-    with _quiet():
-        strategy = plan.wrapper({str(number): len(part) for number, part in enumerate(images)}, watch)
-    history: list[float] = []
     workspace = out / WORKSPACE
-    if (state := load(workspace, strategy, grid)) is not None:
+    history: list[float] = []
+    local = grid if isinstance(grid, LocalGrid) else None
+    if (state := load(workspace, strategy, local)) is not None:
         arrays, history = state
 
     def after(_: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -136,21 +152,42 @@ def _play(
         network.load_state_dict(arrays.to_torch_state_dict())
         network.eval()
         history.append(accuracy(network, test, runtime=runtime))
-        save(workspace, strategy, grid, arrays, history)
-        progress(
-            f"round {len(history)}, accuracy {history[-1]:.1%}",
-            len(history),
-            plan.rounds,
-        )
+        save(workspace, strategy, local, arrays, history)
+        progress(f"round {len(history)}, accuracy {history[-1]:.1%}", len(history), plan.rounds)
         return MetricRecord({"accuracy": history[-1]})
 
-    with _quiet():
-        if len(history) < plan.rounds:
-            result = strategy.start(
-                grid=grid, initial_arrays=arrays, num_rounds=plan.rounds - len(history), evaluate_fn=after
-            )
-            arrays = result.arrays or arrays
-    return history, strategy.rounds, arrays
+    if len(history) < plan.rounds:
+        result = strategy.start(
+            grid=grid, initial_arrays=arrays, num_rounds=plan.rounds - len(history), evaluate_fn=after
+        )
+        arrays = result.arrays or arrays
+    network.load_state_dict(arrays.to_torch_state_dict())
+    saved = SavedModel(architecture=plan.architecture, class_names=test.class_names, size=test.size)
+    save_model(out / MODEL, network, saved)
+    return _summary(test, history, strategy.rounds, arrays)
+
+
+def _summary(
+    test: ImageSet, history: list[float], rounds: list[Round], arrays: ArrayRecord
+) -> dict[str, Any]:
+    model = sum(array.numpy().nbytes for array in arrays.values())
+    asked = sum(len(one.chosen) for one in rounds)
+    return {
+        "accuracy": {"last": history[-1], "best": max(history), "last_10_mean": fmean(history[-10:])},
+        "chance": int(test.labels.bincount().max()) / len(test),
+        "bytes": {
+            "down": sum(one.down for one in rounds),
+            "up": sum(one.up for one in rounds),
+            "updates": sum(sum(one.accepted.values()) for one in rounds),
+            "model": model,
+            "whole_models": 2 * model * asked,
+        },
+        "participations": asked,
+        "class_names": list(test.class_names),
+        "rounds": [
+            {**asdict(one), "accuracy": reached} for one, reached in zip(rounds, history, strict=True)
+        ],
+    }
 
 
 def _record(folder: Path, plan: Plan, images: ImageSet, model: Arrays, update: Update, number: int) -> None:
@@ -177,36 +214,6 @@ def _record(folder: Path, plan: Plan, images: ImageSet, model: Arrays, update: U
             notes={"round": number, "codec": plan.codec, "budget": plan.budget},
         ),
     )
-
-
-def _summary(
-    plan: Plan, images: list[ImageSet], history: list[float], rounds: list[Round], arrays: ArrayRecord
-) -> dict[str, Any]:
-    model = sum(array.numpy().nbytes for array in arrays.values())
-    asked = sum(len(one.chosen) for one in rounds)
-    return {
-        "accuracy": {"last": history[-1], "best": max(history), "last_10_mean": fmean(history[-10:])},
-        "bytes": {
-            "down": sum(one.down for one in rounds),
-            "up": sum(one.up for one in rounds),
-            "updates": sum(sum(one.accepted.values()) for one in rounds),
-            "model": model,
-            "whole_models": 2 * model * asked,
-        },
-        "participations": asked,
-        "clients": [
-            {
-                "name": str(number),
-                "images": len(part),
-                "classes": part.labels.bincount(minlength=part.classes).tolist(),
-            }
-            for number, part in enumerate(images)
-        ],
-        "class_names": list(images[0].class_names),
-        "rounds": [
-            {**asdict(one), "accuracy": reached} for one, reached in zip(rounds, history, strict=True)
-        ],
-    }
 
 
 @contextmanager

@@ -124,11 +124,14 @@ class Plan:
         codec = create_codec(self.codec)
         return CodecMod(codec, budget=_budget(codec, self.budget))
 
-    def wrapper(self, sizes: Mapping[str, int], watch: Watch | None = None) -> CodecStrategy:
+    def wrapper(
+        self, sizes: Mapping[str, int], *, nodes: int | None = None, watch: Watch | None = None
+    ) -> CodecStrategy:
         """Return the server's strategy.
 
         Args:
-            sizes: number of images by client's name.
+            sizes: number of images by client's name, for the weighted sampler.
+            nodes: how many to wait for before the first round; None for all clients.
             watch: as for `CodecStrategy`.
         """
         codec = create_codec(self.download)
@@ -137,7 +140,7 @@ class Plan:
             codec=codec,
             budget=_budget(codec, self.download_budget),
             sampler=self.draw(sizes),
-            nodes=self.clients,
+            nodes=nodes or self.clients,
             watch=watch,
         )
 

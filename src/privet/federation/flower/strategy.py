@@ -223,7 +223,7 @@ class CodecStrategy(Strategy):
 
     def _greet(self, grid: Grid) -> list[int]:
         """Learn the names of nodes that are new, and return all that are there and known."""
-        nodes = Shown(grid).wait(self.nodes)
+        nodes = Shown(grid).wait(1 if self.known else self.nodes)
         record = RecordDict({KEY: Request(greeting=True).record()})
         new = [
             Message(record, message_type=MessageType.TRAIN, dst_node_id=node)
