@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,14 @@ def test_the_networks_exist() -> None:
 def test_exit_codes_are_documented() -> None:
     text = (ROOT / "docs/files.md").read_text()
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(EXIT_CODES)
+
+
+def test_the_example_of_two_lines_runs() -> None:
+    path = ROOT / "examples/two_lines.py"
+    done = subprocess.run(
+        [sys.executable, path], capture_output=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found = re.match(r"([\d.]+)% right; ([\d,]+) bytes moved in 15 rounds", done.stdout.decode())
+    assert found is not None
+    assert float(found[1]) > 80  # of ten digits, after fifteen rounds
+    assert int(found[2].replace(",", "")) < 15 * 5 * 2 * 38_000 / 3  # a third of whole models
