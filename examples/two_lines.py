@@ -45,7 +45,9 @@ def train(message: Message, context: Context) -> Message:
         F.cross_entropy(model(pixels[batch]), labels[batch]).backward()
         optimizer.step()
     metrics = MetricRecord({"num-examples": len(mine)})
-    return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+    return Message(
+        RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message
+    )
 
 
 server = ServerApp()
