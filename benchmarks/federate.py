@@ -137,8 +137,8 @@ def write_table(name: str, table: Table, lines: Sequence[dict[str, Any]]) -> Non
         f"CIFAR-10, {table.images or 50_000:,} training images, {plan.clients} clients, classes by a Dirichlet "
         f"distribution ({plan.alpha:g}), {plan.architecture}, {plan.rounds} rounds of {plan.fraction:.0%} of the "
         f"clients (cyclic, if nothing else is said), {plan.local_epochs} local epoch, batches of {plan.batch_size}, "
-        f"learning rate {plan.learning_rate:g}; FedAvg. Accuracy: mean of the last {LAST} rounds on {table.test:,} test images. "
-        "Bytes are those of Flower's messages with all their parts, both ways.",
+        f"learning rate {plan.learning_rate:g}; FedAvg. Accuracy: mean of the last {LAST} rounds on {table.test:,} "
+        "test images. Bytes are those of Flower's messages with all their parts, both ways.",
         "",
         "| what is sent | seeds | accuracy, % | MB up | MB down | MB in all | of whole models |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
