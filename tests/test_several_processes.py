@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from privet.images import open_images
+from privet.learning import Runtime
 from tests.conftest import blobs
 from tests.images.test_write import tree
 
@@ -78,6 +80,23 @@ def test_two_processes_protect_one_set(tmp_path: Path, make_folder: Make, method
     change = (after.pixels.short() - before.pixels[order].short()).abs().amax((1, 2, 3))
     assert len(after) == 300
     assert bool((change > 0).all()) and int(change.max()) <= 8
+
+
+def _agree(rank: int, folder: Path) -> None:
+    where = (folder / "meeting").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    model = torch.nn.BatchNorm2d(3)
+    for buffer in model.buffers():
+        buffer.fill_(rank + 5)
+    Runtime(device=torch.device("cpu"), rank=rank, world=2).agree(model)
+    (folder / f"{rank}.json").write_text(json.dumps([buffer.tolist() for buffer in model.buffers()]))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_agree_on_the_first_ones_means(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_agree, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[5.0] * 3, [5.0] * 3, 5]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def attacked(
             views,
             gradient,
             radius=learner.radius / 255,
-            step_size=learner.radius / 255 * max(0.2, 2 / learner.attack_steps),
+            step_size=learner.step_size / 255,
             steps=learner.attack_steps,
             generator=randomness,
         )

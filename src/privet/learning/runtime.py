@@ -112,6 +112,12 @@ class Runtime:
         ids: Any = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
+    def agree(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers: each has batch norm's means of its own share."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:

@@ -91,6 +91,11 @@ class Learner:
                 f"{self.hard_share}."
             )
 
+    @property
+    def step_size(self) -> float:
+        """Of a step of the attack, in 1/255."""
+        return self.radius * max(0.2, 2 / self.attack_steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
@@ -166,7 +171,6 @@ def learn(
     augmentation = augmentation_for(train.size, flip=learner.flip)
     batch = min(learner.batch_size, len(train))
     steps = len(train) // batch
-    step_size = learner.radius / 255 * max(0.2, 2 / learner.attack_steps)
     for epoch in range(len(history), learner.epochs):
         order = torch.randperm(len(train), generator=generator(seed, "order", epoch))
         order = order.to(runtime.device)
@@ -186,7 +190,7 @@ def learn(
                     x,
                     y,
                     radius=learner.radius / 255,
-                    step_size=step_size,
+                    step_size=learner.step_size / 255,
                     steps=learner.attack_steps,
                     generator=randomness,
                     runtime=runtime,

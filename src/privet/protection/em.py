@@ -131,6 +131,7 @@ class EM(Bounded):
             if errors and errors[-1] < self.stop_error:
                 break
             self._train_surrogate(trained, optimizer, images, batches, stored, round_, job)
+            runtime.agree(model)  # on class-wise noise, and on when to stop
             errors.append(self._improve_stored(model, images, batches, stored, round_, job))
             last = round_ + 1 == self.max_rounds or errors[-1] < self.stop_error
             if path is not None and job.checkpoint_due(last):

@@ -16,7 +16,8 @@ FILE = "surrogate.safetensors"
 def save_surrogate(
     model: nn.Module, architecture: str, images: ImageSet, method: Protection, job: Job
 ) -> None:
-    """Write the surrogate into the workspace, if there is one."""
+    """Give every process the first one's surrogate; write it into the workspace, if there is one."""
+    job.runtime.agree(model)
     path = job.file(FILE)
     if path is not None and job.runtime.rank == 0:
         about = SavedModel(

@@ -130,9 +130,7 @@ class DVAE(ImageRecovery):
             job.progress("training the autoencoder", done * size, len(self.rates) * total * size)
             if path is not None and job.checkpoint_due(step + 1 == total):
                 save_checkpoint(path, model=model, optimizer=optimizer, record={"step": step + 1})
-        if runtime.world > 1:  # each process keeps batch norm's means of its own share; take the first one's
-            for means in model.buffers():
-                means.copy_(runtime.sum(means if runtime.rank == 0 else torch.zeros_like(means)))
+        runtime.agree(model)
         return model
 
 
