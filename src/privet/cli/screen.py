@@ -25,7 +25,7 @@ LINE_SECONDS = 15.0  # between lines where there is no terminal
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="cyan")
+        return Text(_each_second(task.speed) if task.speed else "", style="cyan")
 
 
 @contextlib.contextmanager
@@ -52,12 +52,13 @@ def progress(rank: int = 0) -> Iterator[Listener]:
         tasks: dict[str, int] = {}
 
         def listen(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
+            name = stage.partition(";")[0]
+            if name not in tasks:
                 for task in tasks.values():
                     bars.remove_task(task)  # type: ignore[arg-type]
                 tasks.clear()
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+                tasks[name] = bars.add_task(stage, total=total)
+            bars.update(tasks[name], completed=done, total=total, description=stage)  # type: ignore[arg-type]
 
         yield listen
 
@@ -72,15 +73,22 @@ class _Lines:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.first = stage, done
+        name = stage.partition(";")[0]
+        if name != self.stage:
+            self.stage, self.first = name, done
             self.started = self.printed = now
         if now - self.printed < LINE_SECONDS:
             return
         self.printed = now
         rate = (done - self.first) / (now - self.started)
         left = (total - done) / rate if rate else 0
-        self.console.print(f"{stage}: {done / total:.0%}, {rate:,.0f}/s, {left:,.0f} s left", soft_wrap=True)
+        self.console.print(
+            f"{stage}: {done / total:.0%}, {_each_second(rate)}, {left:,.0f} s left", soft_wrap=True
+        )
+
+
+def _each_second(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
 
 
 def written(publication: Publication, what: str, *, rank: int) -> int:

@@ -153,7 +153,9 @@ def play(
         network.eval()
         history.append(accuracy(network, test, runtime=runtime))
         save(workspace, strategy, local, arrays, history)
-        progress(f"round {len(history)}, accuracy {history[-1]:.1%}", len(history), plan.rounds)
+        down, up = (sum(getattr(one, way) for one in strategy.rounds) / 1e6 for way in ("down", "up"))
+        news = f"accuracy {history[-1]:.1%}, {down:.1f} MB down, {up:.1f} MB up"
+        progress(f"rounds; {news}", len(history), plan.rounds)
         return MetricRecord({"accuracy": history[-1]})
 
     if len(history) < plan.rounds:
