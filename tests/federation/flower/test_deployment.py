@@ -35,6 +35,7 @@ def garble(message: Message, context: Context, call_next):
     return reply
 
 
+__all__ = ["client", "server"]  # where Flower looks for them
 client = ClientApp(mods=[garble, app.compress])
 client.train()(app.train)
 """
