@@ -236,7 +236,7 @@ def open_clients(
 
     if (model is None) == (architecture is None):
         raise UsageError(
-            f"{source} holds no update.json, so clients are simulated: give --model or --architecture."
+            f"{source} is no record of an update, so clients are simulated: give either --model or --architecture."
         )
     if model is not None:
         network, about = load_model(model)

@@ -150,7 +150,8 @@ def threat_model(update: Update, *, aware: bool) -> list[str]:
     )
     sent = sum(value.numel() for value in update.values.values())
     size = f"{update.size[0]} x {update.size[1]} px in {update.classes} classes"
-    known = ["architecture", "weights before", "mean cross-entropy", f"{update.images} images of {size}"]
+    count = "1 image" if update.images == 1 else f"{update.images} images"
+    known = ["architecture", "weights before", "mean cross-entropy", f"{count} of {size}"]
     if several:
         known.append(f"plain SGD with learning rate {update.learning_rate:g}")
     if update.labels is not None:

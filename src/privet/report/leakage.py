@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from privet.audit.leakage import AWARE, LAYER, NAIVE, NONE, LeakageAudit, Setting, needed_victims
+from privet.audit.leakage import LAYER, NAIVE, NONE, LeakageAudit, Setting, needed_victims
 from privet.files import write_bytes, write_json
 from privet.images.montage import montage, png
 from privet.leakage.attack import baseline_rows, control_rows
@@ -132,8 +132,7 @@ def _headline(audit: LeakageAudit, worst: dict[str, Any]) -> str:
     count, total = worst["victims_recovered"], worst["victims"]
     where = "without a defence" if worst["defence"] == NONE else f"under {worst['defence']}"
     if count:
-        knowing = ", which knows of it" if worst["attacker"] == AWARE else ""
-        return f"Images of {count} of {total} clients came out {where}, by {worst['method']}{knowing}"
+        return f"Images of {count} of {total} clients came out {where}"
     bound = worst["bounds"][1]
     return (
         f"No image of {total} clients came out by what was tried; that allows up to {bound:.0%} all the same"
