@@ -16,6 +16,7 @@ from tests.leakage.victims import blocks, victims
 from privet.cli import main
 from privet.errors import InputError, OutputError, UsageError
 from privet.images import ImageSet
+from privet.images.montage import montage
 from privet.leakage import IG
 from privet.leakage.attack import attack, write_attack
 from privet.leakage.victims import Victim, simulate, threat_model
@@ -61,6 +62,31 @@ def test_a_folder_belongs_to_one_run(runtime: Runtime, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=f"with another {differs}[.]"):
             write_attack(tmp_path, other, IG(steps=steps), runtime=runtime, source=source, **changed)
     assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_columns_of_the_picture_are_named(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[tuple[int, list[str]]] = []
+
+    def keep(rows: Any, titles: Any) -> Image.Image:
+        drawn.append((len(rows[0]), list(titles)))
+        return montage(rows, titles)
+
+    monkeypatch.setattr("privet.leakage.attack.montage", keep)
+    treated, plain = victims(1, defence="int8"), victims(1)
+    unseen = [replace(plain[0], images=None)]
+    for number, (found, hide, titles) in enumerate(
+        (
+            (treated, False, ["private", "aware", "naive"]),
+            (treated, True, ["aware", "naive"]),
+            (plain, False, ["private", "reconstructed"]),
+            (unseen, False, ["reconstructed"]),
+        )
+    ):
+        out = tmp_path / str(number)
+        write_attack(out, found, IG(steps=1), runtime=runtime, source={}, hide=hide)
+        assert drawn[-1] == (len(titles), titles)
 
 
 def test_the_threat_model_in_words() -> None:
@@ -130,7 +156,10 @@ class TestCommandLine:
             (["--preset", "faithful"], "ig has no preset 'faithful'"),
             (["--defence", "magic"], "Unknown defence 'magic'"),
             (["--set", "speed=3"], "Expected --set NAME=VALUE with NAME one of"),
-            (["--architecture", "lenet", "--model", "x.safetensors"], "give --model or --architecture"),
+            (
+                ["--architecture", "lenet", "--model", "x.safetensors"],
+                "give either --model or --architecture",
+            ),
         ],
     )
     def test_mistakes(

@@ -255,7 +255,7 @@ def _say(result: dict[str, Any]) -> None:
     for words in next(iter(result["threat_model"].values())):
         say(escape(words))
     for one in result["attacks"]:
-        kind = "aware" if one["aware"] else "naive"
+        kind = "attack" if len(result["attacks"]) == 1 else "aware" if one["aware"] else "naive"
         total = one["summary"]
         if not total:
             ends = ", ".join(f"{victim['end']} (distance {victim['distance']})" for victim in one["victims"])

@@ -273,7 +273,8 @@ def write_attack(
             progress=progress,
         )
         write_json(out / REPORT, {**run, **report(victims, attacks, success, public, gallery)})
-        write_bytes(out / PICTURE, png(montage(_pairs(victims, attacks, hide=hide))))
+        rows = _pairs(victims, attacks, hide=hide)
+        write_bytes(out / PICTURE, png(montage(rows, _titles(victims, attacks, hide=hide))))
         finish(out, run, {})
     return read_json(out / REPORT)
 
@@ -355,3 +356,11 @@ def _pairs(victims: Sequence[Victim], attacks: Sequence[Attack], *, hide: bool) 
             rows.append((-best, recovered if hide else [private, *recovered]))
     rows.sort(key=lambda row: row[0])
     return [[(255 * image).round().to(torch.uint8) for image in row] for _, row in rows[:MOST_ROWS]]
+
+
+def _titles(victims: Sequence[Victim], attacks: Sequence[Attack], *, hide: bool) -> list[str]:
+    """Return what the columns of `_pairs` are."""
+    shown = [] if hide or all(victim.images is None for victim in victims) else ["private"]
+    if len(attacks) == 1:
+        return [*shown, "reconstructed"]
+    return [*shown, *("aware" if one.aware else "naive" for one in attacks)]
