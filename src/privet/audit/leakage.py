@@ -17,7 +17,7 @@ from privet.errors import OutputError, UsageError
 from privet.files import append_line, claim, finish, read_lines, write_bytes
 from privet.images import ImageSet
 from privet.leakage import Analytic, Gallery, Inversion
-from privet.leakage.attack import attack_once, digest, others, summary, victim_row
+from privet.leakage.attack import Attack, attack_once, digest, others, summary, victim_row
 from privet.leakage.defences import create_defence
 from privet.leakage.measure import Success, matched
 from privet.leakage.victims import Victim, simulate
@@ -119,6 +119,11 @@ class LeakagePlan:
         if self.layers and searching:
             grid += [Setting(method=searching[0], attacker=LAYER, layer=layer) for layer in layers]
         return grid
+
+    def inversion(self, setting: Setting) -> Inversion:
+        """Return the inversion that a setting takes."""
+        chosen = next(one for one in self.inversions if one.name == setting.method)
+        return replace(chosen, aware=setting.attacker != NAIVE)
 
     def record(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -224,39 +229,20 @@ def audit_leakage(
     claim(out, run)
     store = Store(out)
     settings = plan.settings(layers_of(model))
-    methods = {one.name: one for one in plan.inversions}
     for done, setting in enumerate(settings, start=1):
         if setting not in store.results:
             started = time.perf_counter()
             attacked = [_seen(victim, setting.layer) for victim in victims[setting.defence]]
             one = attack_once(
                 attacked,
-                replace(methods[setting.method], aware=setting.attacker != NAIVE),
+                plan.inversion(setting),
                 runtime=runtime,
                 success=plan.success,
                 seed=plan.seed,
                 gallery=gallery,
                 progress=progress,
             )
-            store.add(
-                setting,
-                {
-                    "summary": summary(one.found),
-                    "identification": one.identified and one.identified.summary(),
-                    "victims": [
-                        victim_row(result, found)
-                        for result, found in zip(one.reconstructions, one.found, strict=True)
-                    ],
-                },
-                torch.cat(
-                    [
-                        matched(result, victim.images)
-                        for result, victim in zip(one.reconstructions, attacked, strict=True)
-                        if victim.images is not None
-                    ]
-                ),
-                seconds=time.perf_counter() - started,
-            )
+            store.add(setting, _result(one), _pictures(one, attacked), seconds=time.perf_counter() - started)
         if finished is not None:
             finished(setting, store.results[setting], done, len(settings))
     finish(out, run, {})
@@ -346,6 +332,25 @@ def _seen(victim: Victim, layer: str) -> Victim:
     update = victim.update
     values = {name: value for name, value in update.values.items() if name.rpartition(".")[0] == layer}
     return replace(victim, update=replace(update, values=values, labels=victim.labels))
+
+
+def _result(one: Attack) -> dict[str, Any]:
+    """Return what an attack came to, as JSON values."""
+    return {
+        "summary": summary(one.found),
+        "identification": one.identified and one.identified.summary(),
+        "victims": [
+            victim_row(result, found) for result, found in zip(one.reconstructions, one.found, strict=True)
+        ],
+    }
+
+
+def _pictures(one: Attack, victims: Sequence[Victim]) -> Tensor:
+    """Return what an attack found, matched to the private images."""
+    pairs = zip(one.reconstructions, victims, strict=True)
+    return torch.cat(
+        [matched(result, victim.images) for result, victim in pairs if victim.images is not None]
+    )
 
 
 def _flat(victim: Victim) -> Tensor:

@@ -13,7 +13,7 @@ from privet.files import write_bytes, write_json
 from privet.images.montage import montage, png
 from privet.leakage.attack import baseline_rows, control_rows
 from privet.leakage.measure import OUTCOMES
-from privet.leakage.victims import threat_model
+from privet.leakage.victims import threat_model, treatments
 from privet.learning.confidence import clopper_pearson
 from privet.report.leakage_plots import frontier, layer_bars, loss_curves, psnr_curves
 from privet.report.pages import pages
@@ -185,10 +185,12 @@ def _doubts(
 
 def _threats(audit: LeakageAudit) -> list[dict[str, Any]]:
     """Return in words what the attacker has, without a defence and under each."""
-    threats = []
+    threats = [{"defence": NONE, "says": threat_model(audit.victims[NONE][0].update, aware=True)}]
     for name, victims in audit.victims.items():
-        says = threat_model(victims[0].update, aware=True)
-        threats.append({"defence": name, "says": says if name == NONE else says[2:]})
+        if name != NONE:
+            done = ", then ".join(treatments(victims[0].update))
+            says = f"The values were {done}. Attacked knowing that, and as if nothing had been done."
+            threats.append({"defence": name, "says": [says]})
     return threats
 
 
