@@ -93,6 +93,15 @@ def test_ranks_and_verification_against_slow_counts(data: st.DataObject) -> None
     assert low <= total["rank1"]["share"] <= high
 
 
+def test_no_more_than_one_in_a_hundred_others_are_accepted() -> None:
+    """Of 200 scores with others, 0 to 199, two may be accepted: those above 197."""
+    for genuine, accepted in ((197.5, 1.0), (197.0, 0.0), (196.5, 0.0)):
+        scores = torch.arange(200, dtype=torch.float64).view(2, 100)
+        own = torch.full((2, 1), genuine, dtype=torch.float64)
+        found = Identified(scores=torch.cat([own, scores], 1), own=torch.tensor([0, 0]))
+        assert found.accepted == accepted
+
+
 def test_an_image_of_nobody_comes_last() -> None:
     known, probes = faces(4, 3), pixels_of(faces(4, 4))[::4]
     found = identify(probes, known.class_names, gallery_of(known), failed=[False, True, False, False])
