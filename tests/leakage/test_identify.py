@@ -196,6 +196,23 @@ def test_an_attack_with_a_gallery(runtime: Runtime, tmp_path: Path) -> None:
         )
 
 
+def test_an_attack_that_failed_identifies_nobody(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if what it left lying there looks like the person."""
+    found = [replace(one, people=(f"p{k}",)) for k, one in enumerate(victims(2))]
+    photographs = ImageSet.from_arrays(
+        torch.cat([(255 * one.images).round().byte() for one in found if one.images is not None]),
+        torch.tensor([0, 1]),
+        class_names=["p0", "p1"],
+    )
+    results = IG(steps=1).invert([one.update for one in found], runtime=runtime)
+    assert found[0].images is not None
+    broken = replace(results[0], images=found[0].images, end="failed: not finite")
+    monkeypatch.setattr(IG, "invert", lambda self, updates, **settings: [broken, results[1]])
+    run = attack(found, IG(steps=1), runtime=runtime, gallery=gallery_of(photographs))[0]
+    assert run.found[0][0].rank == 2
+    assert run.found[0][0].outcome == "attack failed"
+
+
 def test_the_command(tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]) -> None:
     people = faces(4, 5)
     source = make_folder(people.subset([0, 5, 10, 15]), "private")
