@@ -92,6 +92,17 @@ def test_every_setting_attacks_the_same_clients(tmp_path: Path, runtime: Runtime
     assert found.highest == max(bounds) == clopper_pearson(0, 2)[1]
 
 
+def test_the_naive_attack_takes_zeros_for_values(tmp_path: Path, runtime: Runtime) -> None:
+    found = audit(tmp_path, runtime, replace(PLAN, layers=False))
+    sent = found.victims["topk-50"][0].update.values
+    for attacker, values in (
+        ("aware", sum(int(value.count_nonzero()) for value in sent.values())),
+        ("naive", sum(value.numel() for value in sent.values())),
+    ):
+        cell = found.results[Setting(method="ig", defence="topk-50", attacker=attacker)]
+        assert cell["victims"][0]["equations"] == values
+
+
 def test_settings_that_count_decide_the_bound(tmp_path: Path, runtime: Runtime) -> None:
     """A control that succeeds is no failure of a defence that holds it off."""
     found = audit(tmp_path, runtime)
