@@ -18,9 +18,10 @@ from privet.audit import Clients, LeakageAudit, LeakagePlan, audit_leakage
 from privet.audit.leakage import Setting, gradient_errors, layers_of, needed_victims
 from privet.cli import main
 from privet.errors import OVER_LIMIT, InputError, OutputError, UsageError
-from privet.leakage import DLG, IG, Analytic
+from privet.images import ImageSet
+from privet.leakage import DLG, IG, Analytic, Embedder, Gallery
 from privet.leakage.defences import create_defence
-from privet.leakage.measure import OUTCOMES, Success
+from privet.leakage.measure import OUTCOMES, Success, psnr
 from privet.leakage.victims import simulate
 from privet.learning import Runtime
 from privet.learning.confidence import clopper_pearson
@@ -101,6 +102,26 @@ def test_the_naive_attack_takes_zeros_for_values(tmp_path: Path, runtime: Runtim
     ):
         cell = found.results[Setting(method="ig", defence="topk-50", attacker=attacker)]
         assert cell["victims"][0]["equations"] == values
+
+
+def test_people_are_looked_for_and_pictures_are_in_order(tmp_path: Path, runtime: Runtime) -> None:
+    """Two images in each update, which come out in any order."""
+    plan = replace(PLAN, clients=Clients(victims=2, batch_size=2), layers=False)
+    shifted = (blocks(6).pixels.int() + 9).clamp(0, 255).byte()
+    photographs = ImageSet.from_arrays(shifted, blocks(6).labels)  # of the same "people", "0" to "2"
+    gallery = Gallery(photographs=photographs, embedder=Embedder.pixels())
+    found = audit(tmp_path, runtime, plan, gallery=gallery)
+    private = torch.cat([one.images for one in found.victims["none"] if one.images is not None])
+    for setting, cell in found.results.items():
+        told = [image["psnr"] for victim in cell["victims"] for image in victim["images"]]
+        assert psnr(found.images[setting].float() / 255, private).tolist() == pytest.approx(told, abs=0.05)
+        ranks = [image["rank"] for victim in cell["victims"] for image in victim["images"]]
+        assert cell["identification"]["rank1"]["count"] == ranks.count(1)
+    report = write_leakage_report(found, tmp_path)
+    assert report["identification"]["clean"]["images"] == 4
+    words = " ".join((tmp_path / "report.html").read_text().split())
+    assert "Whether people are recognised" in words
+    assert "Among 3 people with 6 other photographs" in words
 
 
 def test_settings_that_count_decide_the_bound(tmp_path: Path, runtime: Runtime) -> None:
