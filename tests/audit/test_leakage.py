@@ -21,6 +21,7 @@ from privet.errors import OVER_LIMIT, InputError, OutputError, UsageError
 from privet.images import ImageSet
 from privet.leakage import DLG, IG, Analytic, Embedder, Gallery
 from privet.leakage.defences import create_defence
+from privet.leakage.identify import Identified
 from privet.leakage.measure import OUTCOMES, Success, psnr
 from privet.leakage.victims import simulate
 from privet.learning import Runtime
@@ -269,6 +270,30 @@ def test_a_control_that_fails_is_said(tmp_path: Path, runtime: Runtime) -> None:
         "No image of 2 clients came out by what was tried; that allows up to 84%"
     )
     assert report["worst"]["share"] == 0
+
+
+def test_people_who_are_recognised_from_what_was_not_recovered(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def know_all(images: Any, people: Any, gallery: Any, **_: Any) -> Identified:
+        own = torch.tensor([gallery.people.index(person) for person in people])
+        return Identified(scores=torch.eye(len(gallery.people))[own], own=own)
+
+    monkeypatch.setattr("privet.leakage.attack.identify", know_all)
+    photographs = ImageSet.from_arrays(255 - blocks(6).pixels, blocks(6).labels)
+    gallery = Gallery(photographs=photographs, embedder=Embedder.pixels())
+    for victims, expected in ((2, 0), (5, 2)):  # 2 of 2 may well be chance among three people
+        plan = replace(
+            PLAN, success=Success(psnr=99.0, ssim=1.0), clients=Clients(victims=victims), layers=False
+        )
+        out = tmp_path / str(victims)
+        report = write_leakage_report(audit(out, runtime, plan, gallery=gallery), out)
+        found = [doubt["says"] for doubt in report["doubts"] if doubt["name"] == "recognised"]
+        assert len(found) == expected
+        if found:
+            assert (
+                "ig (aware) recovered 0 images, but the gallery names the right person of 5 of 5" in found[0]
+            )
 
 
 def test_the_command(tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]) -> None:

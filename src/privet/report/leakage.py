@@ -164,6 +164,16 @@ def _doubts(
                     "which saw no update.",
                 )
             )
+    doubts += [
+        (
+            "recognised",
+            f"Under {row['defence']}, {row['method']} ({row['attacker']}) recovered {row['outcomes']['recovered']} "
+            f"images, but the gallery names the right person of {row['identification']['rank1']['count']} of "
+            f"{row['images']}. Count that with --identified.",
+        )
+        for row in settings
+        if row["judged"] and _recognised(row)
+    ]
     count = audit.plan.clients.victims
     bound = clopper_pearson(0, count)[1]
     if bound > FIVE:
@@ -181,6 +191,14 @@ def _doubts(
             ("no-baseline", "There were no public images, so nothing shows what a guess would reach.")
         )
     return [{"name": name, "says": says} for name, says in doubts]
+
+
+def _recognised(row: dict[str, Any]) -> bool:
+    """Say whether more people are recognised than images count as recovered, and more than by chance."""
+    if row["identification"] is None:
+        return False
+    first = row["identification"]["rank1"]
+    return bool(first["count"] > row["outcomes"]["recovered"] and first["bounds"][0] > first["chance"])
 
 
 def _threats(audit: LeakageAudit) -> list[dict[str, Any]]:
