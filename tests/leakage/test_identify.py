@@ -125,6 +125,8 @@ def test_photographs_that_are_private_leave_the_gallery() -> None:
     kept = gallery_of(photographs).without(private)
     assert len(kept.photographs) == 9
     assert kept.record()["photographs"] == 9
+    with pytest.raises(InputError, match="open both at one size"):
+        gallery_of(photographs).without(private[:, :, :8])
     alone = gallery_of(photographs.subset([0, 4, 5, 8, 9])).without(private)
     with pytest.raises(InputError, match="no photograph of p0, other than the private ones"):
         identify(private, photographs.class_names, alone)

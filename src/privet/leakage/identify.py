@@ -107,7 +107,15 @@ class Gallery:
 
         Args:
             private: in [0, 1], (images, 3, height, width), of the gallery's size.
+
+        Raises:
+            InputError: of another size.
         """
+        if tuple(private.shape[2:]) != self.photographs.size:
+            raise InputError(
+                f"The private images are {tuple(private.shape[2:])}, the gallery's {self.photographs.size}; open both at "
+                "one size."
+            )
         known = {_bytes(image) for image in (255 * private).round().to(torch.uint8)}
         kept = [i for i, image in enumerate(self.photographs.pixels) if _bytes(image) not in known]
         return replace(self, photographs=self.photographs.subset(kept))
