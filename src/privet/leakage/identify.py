@@ -113,8 +113,8 @@ class Gallery:
         """
         if tuple(private.shape[2:]) != self.photographs.size:
             raise InputError(
-                f"The private images are {tuple(private.shape[2:])}, the gallery's {self.photographs.size}; open both at "
-                "one size."
+                f"The private images are {tuple(private.shape[2:])}, the gallery's {self.photographs.size}; open "
+                "both at one size."
             )
         known = {_bytes(image) for image in (255 * private).round().to(torch.uint8)}
         kept = [i for i, image in enumerate(self.photographs.pixels) if _bytes(image) not in known]
