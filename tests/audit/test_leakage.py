@@ -15,7 +15,8 @@ from tests.leakage.victims import SMALL, blocks
 from tests.report.test_report import Checker
 
 from privet.audit import Clients, LeakageAudit, LeakagePlan, audit_leakage
-from privet.audit.leakage import Setting, gradient_errors, layers_of, needed_victims
+from privet.audit.leakage import gradient_errors, layers_of, needed_victims
+from privet.audit.leakage_plan import Setting
 from privet.cli import main
 from privet.errors import OVER_LIMIT, InputError, OutputError, UsageError
 from privet.images import ImageSet

@@ -18,8 +18,9 @@ from privet.errors import InputError, OutputError, UsageError
 from privet.images import ImageSet
 from privet.images.montage import montage
 from privet.leakage import IG
-from privet.leakage.attack import attack, write_attack
+from privet.leakage.attack import attack
 from privet.leakage.victims import Victim, simulate, threat_model
+from privet.leakage.write import write_attack
 from privet.learning import Runtime, save_update
 from privet.models import create_model
 
@@ -40,7 +41,7 @@ def test_a_finished_run_is_not_repeated(
 ) -> None:
     found, source = victims(1), {"source": "blocks"}
     first = write_attack(tmp_path, found, IG(steps=2), runtime=runtime, source=source)
-    monkeypatch.setattr("privet.leakage.attack.attack", lambda *_, **__: pytest.fail("repeated"))
+    monkeypatch.setattr("privet.leakage.write.attack", lambda *_, **__: pytest.fail("repeated"))
     assert write_attack(tmp_path, found, IG(steps=2), runtime=runtime, source=source) == first
 
 
@@ -73,7 +74,7 @@ def test_columns_of_the_picture_are_named(
         drawn.append((len(rows[0]), list(titles)))
         return montage(rows, titles)
 
-    monkeypatch.setattr("privet.leakage.attack.montage", keep)
+    monkeypatch.setattr("privet.leakage.write.montage", keep)
     treated, plain = victims(1, defence="int8"), victims(1)
     unseen = [replace(plain[0], images=None)]
     for number, (found, hide, titles) in enumerate(

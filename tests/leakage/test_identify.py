@@ -19,9 +19,12 @@ from privet.cli import main
 from privet.errors import InputError, UsageError
 from privet.images import ImageSet
 from privet.leakage import IG
-from privet.leakage.attack import attack, report, write_attack
-from privet.leakage.identify import Embedder, Gallery, Identified, controls, identify
+from privet.leakage.attack import attack
+from privet.leakage.embedder import Embedder
+from privet.leakage.identify import Gallery, Identified, controls, identify
 from privet.leakage.measure import Success, judge, matched
+from privet.leakage.results import report
+from privet.leakage.write import write_attack
 from privet.learning import Runtime
 from privet.models import SavedModel, create_model, save_model
 from privet.seeds import generator

@@ -115,8 +115,8 @@ def invert(
         auto, cpu or cuda.
     """
     from privet.images import open_images
-    from privet.leakage.attack import PICTURE, write_attack
     from privet.leakage.measure import Success
+    from privet.leakage.write import PICTURE, write_attack
     from privet.learning import Runtime
 
     here = Runtime.find(device, "float32")
@@ -164,7 +164,7 @@ def invert(
 def open_gallery(source: str, embedder: str, size: tuple[int, int], runtime: Runtime) -> Gallery:
     """Return the gallery of these photographs, with the embedder of this name or in this file."""
     from privet.images import open_images
-    from privet.leakage.identify import Embedder, Gallery
+    from privet.leakage import Embedder, Gallery
 
     chosen = Embedder.pixels() if embedder == "pixels" else Embedder.load(Path(embedder), runtime)
     return Gallery(photographs=open_images(source, size=size), embedder=chosen)

@@ -14,7 +14,7 @@ from privet.cli.screen import progress
 from privet.errors import OK, OVER_LIMIT, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from privet.audit.leakage import Setting
+    from privet.audit.leakage_plan import Setting
     from privet.leakage import Inversion
 
 
@@ -110,7 +110,7 @@ def leakage(
     device
         auto, cpu or cuda.
     """
-    from privet.audit.leakage import Clients, LeakagePlan, audit_leakage
+    from privet.audit import Clients, LeakagePlan, audit_leakage
     from privet.images import open_images
     from privet.leakage.measure import Success
     from privet.learning import Runtime

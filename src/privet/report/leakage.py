@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from privet.audit.leakage import LAYER, NAIVE, NONE, LeakageAudit, Setting, needed_victims
+from privet.audit.leakage import LeakageAudit, needed_victims
+from privet.audit.leakage_plan import LAYER, NAIVE, NONE, Setting
 from privet.files import write_bytes, write_json
 from privet.images.montage import montage, png
-from privet.leakage.attack import baseline_rows, control_rows
 from privet.leakage.measure import OUTCOMES
+from privet.leakage.results import baseline_rows, control_rows
 from privet.leakage.victims import threat_model, treatments
 from privet.learning.confidence import clopper_pearson
 from privet.report.leakage_plots import frontier, layer_bars, loss_curves, psnr_curves
