@@ -168,9 +168,9 @@ def _doubts(
     doubts += [
         (
             "recognised",
-            f"Under {row['defence']}, {row['method']} ({row['attacker']}) recovered {row['outcomes']['recovered']} "
-            f"images, but the gallery names the right person of {row['identification']['rank1']['count']} of "
-            f"{row['images']}. Count that with --identified.",
+            f"Under {row['defence']}, {row['method']} ({row['attacker']}) recovered {row['outcomes']['recovered']} of "
+            f"{row['images']} images, but the gallery names the right person of "
+            f"{row['identification']['rank1']['count']}. Count that with --identified.",
         )
         for row in settings
         if row["judged"] and _recognised(row)
