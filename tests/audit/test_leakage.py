@@ -293,7 +293,8 @@ def test_people_who_are_recognised_from_what_was_not_recovered(
         assert len(found) == expected
         if found:
             assert (
-                "ig (aware) recovered 0 of 5 images, but the gallery names the right person of 5." in found[0]
+                "ig recovered 0 of 5 images under topk-50, but the gallery names the right person of 5."
+                in found[0]
             )
 
 

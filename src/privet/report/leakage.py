@@ -131,13 +131,19 @@ def _defence(audit: LeakageAudit, name: str, settings: list[dict[str, Any]]) -> 
 
 def _headline(audit: LeakageAudit, worst: dict[str, Any]) -> str:
     count, total = worst["victims_recovered"], worst["victims"]
-    where = "without a defence" if worst["defence"] == NONE else f"under {worst['defence']}"
     if count:
-        return f"Images of {count} of {total} clients came out {where}"
+        return f"Images of {count} of {total} clients came out {_where(worst)}"
     bound = worst["bounds"][1]
     return (
         f"No image of {total} clients came out by what was tried; that allows up to {bound:.0%} all the same"
     )
+
+
+def _where(row: dict[str, Any]) -> str:
+    """Return a setting's defence in words."""
+    if row["defence"] == NONE:
+        return "without a defence"
+    return f"under {row['defence']}{' naively' if row['attacker'] == NAIVE else ''}"
 
 
 def _doubts(
@@ -168,9 +174,9 @@ def _doubts(
     doubts += [
         (
             "recognised",
-            f"Under {row['defence']}, {row['method']} ({row['attacker']}) recovered {row['outcomes']['recovered']} of "
-            f"{row['images']} images, but the gallery names the right person of "
-            f"{row['identification']['rank1']['count']}. Count that with --identified.",
+            f"{row['method']} recovered {row['outcomes']['recovered']} of {row['images']} images {_where(row)}, but "
+            f"the gallery names the right person of {row['identification']['rank1']['count']}. Count that with "
+            "--identified.",
         )
         for row in settings
         if row["judged"] and _recognised(row)
