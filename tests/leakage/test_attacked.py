@@ -105,6 +105,18 @@ def test_the_threat_model_in_words() -> None:
     assert "does not know that" in words
 
 
+def test_every_client_draws_noise_of_its_own() -> None:
+    """Noise that several clients share could be taken away by comparing them."""
+    noises = [
+        torch.cat(
+            [(other.update.values[name] - value).flatten() for name, value in one.update.values.items()]
+        )
+        for one, other in zip(victims(2), victims(2, defence="gaussian-1"), strict=True)
+    ]
+    assert abs(float(torch.corrcoef(torch.stack(noises))[0, 1])) < 0.2
+    assert torch.cat(noises).std() == pytest.approx(1, rel=0.1)
+
+
 def test_too_few_images() -> None:
     model = create_model("lenet", classes=3, size=(16, 16))
     with pytest.raises(UsageError, match="5 clients with 3 images each need 15 images, got 12"):
