@@ -22,7 +22,8 @@ from torch import Tensor
 
 from privet.files import write_json
 from privet.images import ImageSet, open_images
-from privet.leakage.identify import Embedder, Gallery, Identified, identify
+from privet.leakage.embedder import Embedder
+from privet.leakage.identify import Gallery, Identified, identify
 from privet.learning import Learner, Runtime, learn
 from privet.models import SavedModel, save_model
 from privet.seeds import generator

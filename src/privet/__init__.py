@@ -31,7 +31,7 @@ _HOMES = {
         "save_update",
         "study",
     ),
-    "leakage": ("DLG", "GRNN", "IG", "Analytic", "Inversion"),
+    "leakage": ("DLG", "GRNN", "IG", "Analytic", "Embedder", "Gallery", "Inversion"),
     "protection": (
         "AR",
         "CUDA",
@@ -47,8 +47,8 @@ _HOMES = {
     ),
     "recovery": ("Recovery", "create_recovery", "restore"),
     "licensing": ("Licence", "Vendor", "load_licence", "read_licence"),
-    "audit": ("Audit", "Plan", "plan", "run_audit"),
-    "report": ("write_report",),
+    "audit": ("Audit", "Clients", "LeakagePlan", "Plan", "audit_leakage", "plan", "run_audit"),
+    "report": ("write_leakage_report", "write_report"),
     "errors": ("PrivetError",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -57,7 +57,10 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from privet.audit import Audit as Audit
+    from privet.audit import Clients as Clients
+    from privet.audit import LeakagePlan as LeakagePlan
     from privet.audit import Plan as Plan
+    from privet.audit import audit_leakage as audit_leakage
     from privet.audit import plan as plan
     from privet.audit import run_audit as run_audit
     from privet.errors import PrivetError as PrivetError
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
     from privet.leakage import GRNN as GRNN
     from privet.leakage import IG as IG
     from privet.leakage import Analytic as Analytic
+    from privet.leakage import Embedder as Embedder
+    from privet.leakage import Gallery as Gallery
     from privet.leakage import Inversion as Inversion
     from privet.learning import Job as Job
     from privet.learning import Learner as Learner
@@ -101,6 +106,7 @@ if TYPE_CHECKING:
     from privet.recovery import Recovery as Recovery
     from privet.recovery import create_recovery as create_recovery
     from privet.recovery import restore as restore
+    from privet.report import write_leakage_report as write_leakage_report
     from privet.report import write_report as write_report
 
 

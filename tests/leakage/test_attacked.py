@@ -16,9 +16,11 @@ from tests.leakage.victims import blocks, victims
 from privet.cli import main
 from privet.errors import InputError, OutputError, UsageError
 from privet.images import ImageSet
+from privet.images.montage import montage
 from privet.leakage import IG
-from privet.leakage.attack import attack, write_attack
+from privet.leakage.attack import attack
 from privet.leakage.victims import Victim, simulate, threat_model
+from privet.leakage.write import write_attack
 from privet.learning import Runtime, save_update
 from privet.models import create_model
 
@@ -39,7 +41,7 @@ def test_a_finished_run_is_not_repeated(
 ) -> None:
     found, source = victims(1), {"source": "blocks"}
     first = write_attack(tmp_path, found, IG(steps=2), runtime=runtime, source=source)
-    monkeypatch.setattr("privet.leakage.attack.attack", lambda *_, **__: pytest.fail("repeated"))
+    monkeypatch.setattr("privet.leakage.write.attack", lambda *_, **__: pytest.fail("repeated"))
     assert write_attack(tmp_path, found, IG(steps=2), runtime=runtime, source=source) == first
 
 
@@ -63,6 +65,31 @@ def test_a_folder_belongs_to_one_run(runtime: Runtime, tmp_path: Path) -> None:
     assert (tmp_path / "report.json").read_bytes() == before
 
 
+def test_columns_of_the_picture_are_named(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[tuple[int, list[str]]] = []
+
+    def keep(rows: Any, titles: Any) -> Image.Image:
+        drawn.append((len(rows[0]), list(titles)))
+        return montage(rows, titles)
+
+    monkeypatch.setattr("privet.leakage.write.montage", keep)
+    treated, plain = victims(1, defence="int8"), victims(1)
+    unseen = [replace(plain[0], images=None)]
+    for number, (found, hide, titles) in enumerate(
+        (
+            (treated, False, ["private", "aware", "naive"]),
+            (treated, True, ["aware", "naive"]),
+            (plain, False, ["private", "reconstructed"]),
+            (unseen, False, ["reconstructed"]),
+        )
+    ):
+        out = tmp_path / str(number)
+        write_attack(out, found, IG(steps=1), runtime=runtime, source={}, hide=hide)
+        assert drawn[-1] == (len(titles), titles)
+
+
 def test_the_threat_model_in_words() -> None:
     plain = " ".join(threat_model(victims(1)[0].update, aware=True))
     assert "the gradient of one step of one client, in the plain: 1,307 values" in plain
@@ -76,6 +103,18 @@ def test_the_threat_model_in_words() -> None:
     ):
         assert part in words
     assert "does not know that" in words
+
+
+def test_every_client_draws_noise_of_its_own() -> None:
+    """Noise that several clients share could be taken away by comparing them."""
+    noises = [
+        torch.cat(
+            [(other.update.values[name] - value).flatten() for name, value in one.update.values.items()]
+        )
+        for one, other in zip(victims(2), victims(2, defence="gaussian-1"), strict=True)
+    ]
+    assert abs(float(torch.corrcoef(torch.stack(noises))[0, 1])) < 0.2
+    assert torch.cat(noises).std() == pytest.approx(1, rel=0.1)
 
 
 def test_too_few_images() -> None:
@@ -130,7 +169,10 @@ class TestCommandLine:
             (["--preset", "faithful"], "ig has no preset 'faithful'"),
             (["--defence", "magic"], "Unknown defence 'magic'"),
             (["--set", "speed=3"], "Expected --set NAME=VALUE with NAME one of"),
-            (["--architecture", "lenet", "--model", "x.safetensors"], "give --model or --architecture"),
+            (
+                ["--architecture", "lenet", "--model", "x.safetensors"],
+                "give either --model or --architecture",
+            ),
         ],
     )
     def test_mistakes(

@@ -19,9 +19,12 @@ from privet.cli import main
 from privet.errors import InputError, UsageError
 from privet.images import ImageSet
 from privet.leakage import IG
-from privet.leakage.attack import attack, report, write_attack
-from privet.leakage.identify import Embedder, Gallery, Identified, controls, identify
+from privet.leakage.attack import attack
+from privet.leakage.embedder import Embedder
+from privet.leakage.identify import Gallery, Identified, controls, identify
 from privet.leakage.measure import Success, judge, matched
+from privet.leakage.results import report
+from privet.leakage.write import write_attack
 from privet.learning import Runtime
 from privet.models import SavedModel, create_model, save_model
 from privet.seeds import generator
@@ -93,6 +96,15 @@ def test_ranks_and_verification_against_slow_counts(data: st.DataObject) -> None
     assert low <= total["rank1"]["share"] <= high
 
 
+def test_no_more_than_one_in_a_hundred_others_are_accepted() -> None:
+    """Of 200 scores with others, 0 to 199, two may be accepted: those above 197."""
+    for genuine, accepted in ((197.5, 1.0), (197.0, 0.0), (196.5, 0.0)):
+        scores = torch.arange(200, dtype=torch.float64).view(2, 100)
+        own = torch.full((2, 1), genuine, dtype=torch.float64)
+        found = Identified(scores=torch.cat([own, scores], 1), own=torch.tensor([0, 0]))
+        assert found.accepted == accepted
+
+
 def test_an_image_of_nobody_comes_last() -> None:
     known, probes = faces(4, 3), pixels_of(faces(4, 4))[::4]
     found = identify(probes, known.class_names, gallery_of(known), failed=[False, True, False, False])
@@ -116,6 +128,8 @@ def test_photographs_that_are_private_leave_the_gallery() -> None:
     kept = gallery_of(photographs).without(private)
     assert len(kept.photographs) == 9
     assert kept.record()["photographs"] == 9
+    with pytest.raises(InputError, match="open both at one size"):
+        gallery_of(photographs).without(private[:, :, :8])
     alone = gallery_of(photographs.subset([0, 4, 5, 8, 9])).without(private)
     with pytest.raises(InputError, match="no photograph of p0, other than the private ones"):
         identify(private, photographs.class_names, alone)
@@ -185,6 +199,23 @@ def test_an_attack_with_a_gallery(runtime: Runtime, tmp_path: Path) -> None:
         write_attack(
             tmp_path, found, IG(steps=1), runtime=runtime, source={}, success=Success(identified=True)
         )
+
+
+def test_an_attack_that_failed_identifies_nobody(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if what it left lying there looks like the person."""
+    found = [replace(one, people=(f"p{k}",)) for k, one in enumerate(victims(2))]
+    photographs = ImageSet.from_arrays(
+        torch.cat([(255 * one.images).round().byte() for one in found if one.images is not None]),
+        torch.tensor([0, 1]),
+        class_names=["p0", "p1"],
+    )
+    results = IG(steps=1).invert([one.update for one in found], runtime=runtime)
+    assert found[0].images is not None
+    broken = replace(results[0], images=found[0].images, end="failed: not finite")
+    monkeypatch.setattr(IG, "invert", lambda self, updates, **settings: [broken, results[1]])
+    run = attack(found, IG(steps=1), runtime=runtime, gallery=gallery_of(photographs))[0]
+    assert run.found[0][0].rank == 2
+    assert run.found[0][0].outcome == "attack failed"
 
 
 def test_the_command(tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,3 +185,24 @@ def test_updates_that_do_not_fit(runtime: Runtime) -> None:
     with pytest.raises(UsageError, match="do not fit lenet-strided-sigmoid-w5"):
         IG(steps=1).invert([wrong], runtime=runtime)
     assert IG(steps=1).invert([], runtime=runtime) == []
+
+
+def test_the_iterate_with_the_least_distance_counts(runtime: Runtime) -> None:
+    """Steps that are far too long go up and down; what counts is the best of them, unless it is the last."""
+    result = IG(steps=30, learning_rate=0.5).invert(updates(1), runtime=runtime)[0]
+    values = [value for _, value in result.history]
+    assert values == sorted(values, reverse=True)
+    assert result.distance == pytest.approx(values[-1], rel=1e-4)
+    last = GRNN(steps=30, polish=0, learning_rate=0.01, keep="last").invert(updates(1), runtime=runtime)[0]
+    values = [value for _, value in last.history]
+    assert values != sorted(values, reverse=True)
+
+
+def test_noise_beside_none(runtime: Runtime) -> None:
+    """Only what holds no noise is polished, whatever stands beside it in the stack."""
+    mixed = [*updates(1), *updates(1, defence="gaussian-0.01")]
+    inversion = GRNN(steps=12, polish=6)
+    beside = inversion.invert(mixed, runtime=runtime)
+    for update, result in zip(mixed, beside, strict=True):
+        same(result, inversion.invert([update], runtime=runtime)[0])
+    assert beside[0].steps > 12 >= beside[1].steps

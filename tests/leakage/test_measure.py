@@ -15,7 +15,6 @@ from tests.leakage.victims import victims
 
 from privet.errors import UsageError
 from privet.leakage import Reconstruction
-from privet.leakage.attack import summary
 from privet.leakage.client import network_of
 from privet.leakage.labels import (
     Head,
@@ -27,6 +26,7 @@ from privet.leakage.labels import (
     labels_of,
 )
 from privet.leakage.measure import Found, Success, baselines, judge, match, psnr, ssim
+from privet.leakage.results import summary
 from privet.learning import Update
 
 

@@ -1,7 +1,8 @@
 """Audits: a grid of learners with controls, and what it says."""
 
 from privet.audit.flags import Facts, Flag
-from privet.audit.leakage import Clients, LeakageAudit, LeakagePlan, audit_leakage
+from privet.audit.leakage import LeakageAudit, audit_leakage
+from privet.audit.leakage_plan import Clients, LeakagePlan
 from privet.audit.run import Audit, run_audit
 from privet.audit.store import Cell, Plan, RunStore, plan
 from privet.audit.verdict import Grade, Verdict

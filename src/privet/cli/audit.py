@@ -17,7 +17,8 @@ from privet.errors import OK
 
 audit = App(
     name="audit",
-    help="Measure what a protection is worth, or what federated updates give away (audit leakage).",
+    help="Train learners on clean, randomly noised and protected files, and say whether the protection holds. "
+    "A killed audit goes on when the same command is given again. What federated updates give away: audit leakage.",
 )
 audit.command(leakage)
 

@@ -115,8 +115,8 @@ def invert(
         auto, cpu or cuda.
     """
     from privet.images import open_images
-    from privet.leakage.attack import PICTURE, write_attack
     from privet.leakage.measure import Success
+    from privet.leakage.write import PICTURE, write_attack
     from privet.learning import Runtime
 
     here = Runtime.find(device, "float32")
@@ -164,7 +164,7 @@ def invert(
 def open_gallery(source: str, embedder: str, size: tuple[int, int], runtime: Runtime) -> Gallery:
     """Return the gallery of these photographs, with the embedder of this name or in this file."""
     from privet.images import open_images
-    from privet.leakage.identify import Embedder, Gallery
+    from privet.leakage import Embedder, Gallery
 
     chosen = Embedder.pixels() if embedder == "pixels" else Embedder.load(Path(embedder), runtime)
     return Gallery(photographs=open_images(source, size=size), embedder=chosen)
@@ -236,7 +236,7 @@ def open_clients(
 
     if (model is None) == (architecture is None):
         raise UsageError(
-            f"{source} holds no update.json, so clients are simulated: give --model or --architecture."
+            f"{source} is no record of an update, so clients are simulated: give either --model or --architecture."
         )
     if model is not None:
         network, about = load_model(model)
@@ -255,7 +255,7 @@ def _say(result: dict[str, Any]) -> None:
     for words in next(iter(result["threat_model"].values())):
         say(escape(words))
     for one in result["attacks"]:
-        kind = "aware" if one["aware"] else "naive"
+        kind = "attack" if len(result["attacks"]) == 1 else "aware" if one["aware"] else "naive"
         total = one["summary"]
         if not total:
             ends = ", ".join(f"{victim['end']} (distance {victim['distance']})" for victim in one["victims"])

@@ -9,12 +9,12 @@ from cyclopts import Parameter
 from rich import print as say
 from rich.markup import escape
 
-from privet.cli.invert import create_inversion, identified_words, open_clients, open_gallery
+from privet.cli.invert import create_inversion, open_clients, open_gallery
 from privet.cli.screen import progress
 from privet.errors import OK, OVER_LIMIT, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from privet.audit.leakage import Setting
+    from privet.audit.leakage_plan import Setting
     from privet.leakage import Inversion
 
 
@@ -110,7 +110,7 @@ def leakage(
     device
         auto, cpu or cuda.
     """
-    from privet.audit.leakage import Clients, LeakagePlan, audit_leakage
+    from privet.audit import Clients, LeakagePlan, audit_leakage
     from privet.images import open_images
     from privet.leakage.measure import Success
     from privet.learning import Runtime
@@ -208,11 +208,15 @@ def _say(report: dict[str, Any]) -> None:
     say(f"\n[bold {colour}]{escape(report['headline'])}[/]")
     low, high = report["worst"]["bounds"]
     say(f"  95 % bounds of that share: {low:.0%} to {high:.0%}")
-    for row in report["settings"]:
-        if row["identification"]:
-            name = f"{row['method']}, {row['defence']}, {row['attacker']}"
-            say(f"  {escape(name)}: {identified_words(row['identification'])}")
-    for name, row in report["identification"].items():
-        say(f"  control {name}: {identified_words(row)}")
+    if report["identification"]:
+        clean = report["identification"]["clean"]
+        known = ", ".join(
+            f"{row['method']} {row['defence']} {row['attacker']} {row['identification']['rank1']['count']}"
+            for row in report["settings"]
+        )
+        say(
+            f"  Recognised first in the gallery, of {clean['images']}: {escape(known)}; the private images "
+            f"themselves {clean['rank1']['count']}, by chance {clean['rank1']['chance']:.0%}"
+        )
     for doubt in report["doubts"]:
         say(f"  [yellow]Doubt ({doubt['name']}):[/] {escape(doubt['says'])}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from privet.leakage.analytic import Analytic
 from privet.leakage.base import Inversion, Reconstruction
 from privet.leakage.dlg import DLG
+from privet.leakage.embedder import Embedder
 from privet.leakage.grnn import GRNN
-from privet.leakage.identify import Embedder, Gallery, identify
+from privet.leakage.identify import Gallery, identify
 from privet.leakage.ig import IG
 
 __all__ = [

@@ -7,10 +7,9 @@ not count; the score of a person is the highest cosine with any of that person's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,61 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from privet.errors import InputError, UsageError
-from privet.files import sha256
 from privet.images.image_set import ImageSet
+from privet.leakage.embedder import Embedder
 from privet.learning.confidence import clopper_pearson
-from privet.learning.probe import features
-from privet.learning.runtime import Runtime
-from privet.models import load_model
 
 FALSE_ACCEPTS = 0.01  # share of other people that verification may let through
 WORST = -2.0  # below every cosine: an image that was not found is like nobody
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Embedder:
-    """What maps images to vectors whose cosine says how alike two faces are.
-
-    Attributes:
-        embed: maps images in [0, 1], (images, 3, height, width), to vectors, (images, features).
-        trained_on: names of the people it learned from, as far as known; none of them may be in a gallery.
-        about: what it is, as JSON values, for reports.
-    """
-
-    embed: Callable[[Tensor], Tensor]
-    trained_on: frozenset[str] = frozenset()
-    about: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def pixels(cls) -> Self:
-        """Return the grey pixels themselves: what needs no training, and is hard to beat on aligned faces."""
-        return cls(embed=lambda images: images.mean(1).flatten(1), about={"embedder": "pixels"})
-
-    @classmethod
-    def load(cls, path: Path, runtime: Runtime) -> Self:
-        """Return the features of a network that `privet learn` trained to tell people apart.
-
-        Its classes are the people that it saw.
-
-        Raises:
-            InputError: not such a file.
-        """
-        model, about = load_model(path)
-        runtime.place(model)
-
-        def embed(images: Tensor) -> Tensor:
-            pixels = (255 * _sized(images, about.size)).round().to(torch.uint8)
-            unlabelled = ImageSet.from_arrays(pixels, torch.zeros(len(pixels)))
-            return features(model, unlabelled, runtime=runtime).cpu()
-
-        record = {
-            "embedder": "network",
-            "architecture": about.architecture,
-            "people": len(about.class_names),
-            "size": list(about.size),
-            "sha256": sha256(path.read_bytes()),
-        }
-        return cls(embed=embed, trained_on=frozenset(about.class_names), about=record)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +57,15 @@ class Gallery:
 
         Args:
             private: in [0, 1], (images, 3, height, width), of the gallery's size.
+
+        Raises:
+            InputError: of another size.
         """
+        if tuple(private.shape[2:]) != self.photographs.size:
+            raise InputError(
+                f"The private images are {tuple(private.shape[2:])}, the gallery's {self.photographs.size}; open "
+                "both at one size."
+            )
         known = {_bytes(image) for image in (255 * private).round().to(torch.uint8)}
         kept = [i for i, image in enumerate(self.photographs.pixels) if _bytes(image) not in known]
         return replace(self, photographs=self.photographs.subset(kept))
@@ -249,13 +207,6 @@ def controls(private: Tensor, people: Sequence[str], gallery: Gallery) -> dict[s
         "grey": torch.full_like(private, 0.5),
     }
     return {name: identify(images, people, gallery) for name, images in shown.items()}
-
-
-def _sized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(images.shape[2:]) == size:
-        return images
-    resized = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-    return resized.clamp(0, 1)
 
 
 def _bytes(image: Tensor) -> bytes:

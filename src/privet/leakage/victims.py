@@ -150,7 +150,8 @@ def threat_model(update: Update, *, aware: bool) -> list[str]:
     )
     sent = sum(value.numel() for value in update.values.values())
     size = f"{update.size[0]} x {update.size[1]} px in {update.classes} classes"
-    known = ["architecture", "weights before", "mean cross-entropy", f"{update.images} images of {size}"]
+    count = "1 image" if update.images == 1 else f"{update.images} images"
+    known = ["architecture", "weights before", "mean cross-entropy", f"{count} of {size}"]
     if several:
         known.append(f"plain SGD with learning rate {update.learning_rate:g}")
     if update.labels is not None:
@@ -161,7 +162,7 @@ def threat_model(update: Update, *, aware: bool) -> list[str]:
         f"The attacker saw {what} of one client, in the plain: {sent:,} values.",
         f"It knows: {', '.join(known)}. It has no images of its own and changes nothing.",
     ]
-    done = _treatments(update)
+    done = treatments(update)
     if done:
         says.append(
             f"The values were {', then '.join(done)}; the attacker {'knows' if aware else 'does not know'} that."
@@ -169,7 +170,8 @@ def threat_model(update: Update, *, aware: bool) -> list[str]:
     return says
 
 
-def _treatments(update: Update) -> list[str]:
+def treatments(update: Update) -> list[str]:
+    """Return in words what was done to the values before they were sent."""
     treatment = update.treatment
     words = {
         "clipped": treatment.clip is not None,

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from privet.audit.leakage import AWARE, LAYER, NAIVE, NONE, LeakageAudit, Setting, needed_victims
+from privet.audit.leakage import LeakageAudit, needed_victims
+from privet.audit.leakage_plan import LAYER, NAIVE, NONE, Setting
 from privet.files import write_bytes, write_json
 from privet.images.montage import montage, png
-from privet.leakage.attack import baseline_rows, control_rows
 from privet.leakage.measure import OUTCOMES
-from privet.leakage.victims import threat_model
+from privet.leakage.results import baseline_rows, control_rows
+from privet.leakage.victims import threat_model, treatments
 from privet.learning.confidence import clopper_pearson
 from privet.report.leakage_plots import frontier, layer_bars, loss_curves, psnr_curves
 from privet.report.pages import pages
@@ -130,14 +131,19 @@ def _defence(audit: LeakageAudit, name: str, settings: list[dict[str, Any]]) -> 
 
 def _headline(audit: LeakageAudit, worst: dict[str, Any]) -> str:
     count, total = worst["victims_recovered"], worst["victims"]
-    where = "without a defence" if worst["defence"] == NONE else f"under {worst['defence']}"
     if count:
-        knowing = ", which knows of it" if worst["attacker"] == AWARE else ""
-        return f"Images of {count} of {total} clients came out {where}, by {worst['method']}{knowing}"
+        return f"Images of {count} of {total} clients came out {_where(worst)}"
     bound = worst["bounds"][1]
     return (
         f"No image of {total} clients came out by what was tried; that allows up to {bound:.0%} all the same"
     )
+
+
+def _where(row: dict[str, Any]) -> str:
+    """Return a setting's defence in words."""
+    if row["defence"] == NONE:
+        return "without a defence"
+    return f"under {row['defence']}{' naively' if row['attacker'] == NAIVE else ''}"
 
 
 def _doubts(
@@ -165,6 +171,16 @@ def _doubts(
                     "which saw no update.",
                 )
             )
+    doubts += [
+        (
+            "recognised",
+            f"{row['method']} recovered {row['outcomes']['recovered']} of {row['images']} images {_where(row)}, but "
+            f"the gallery names the right person of {row['identification']['rank1']['count']}. Count that with "
+            "--identified.",
+        )
+        for row in settings
+        if row["judged"] and _recognised(row)
+    ]
     count = audit.plan.clients.victims
     bound = clopper_pearson(0, count)[1]
     if bound > FIVE:
@@ -184,12 +200,22 @@ def _doubts(
     return [{"name": name, "says": says} for name, says in doubts]
 
 
+def _recognised(row: dict[str, Any]) -> bool:
+    """Say whether more people are recognised than images count as recovered, and more than by chance."""
+    if row["identification"] is None:
+        return False
+    first = row["identification"]["rank1"]
+    return bool(first["count"] > row["outcomes"]["recovered"] and first["bounds"][0] > first["chance"])
+
+
 def _threats(audit: LeakageAudit) -> list[dict[str, Any]]:
     """Return in words what the attacker has, without a defence and under each."""
-    threats = []
+    threats = [{"defence": NONE, "says": threat_model(audit.victims[NONE][0].update, aware=True)}]
     for name, victims in audit.victims.items():
-        says = threat_model(victims[0].update, aware=True)
-        threats.append({"defence": name, "says": says if name == NONE else says[2:]})
+        if name != NONE:
+            done = ", then ".join(treatments(victims[0].update))
+            says = f"The values were {done}. Attacked knowing that, and as if nothing had been done."
+            threats.append({"defence": name, "says": [says]})
     return threats
 
 

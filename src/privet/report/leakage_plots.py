@@ -66,7 +66,8 @@ def psnr_curves(report: dict[str, Any]) -> str:
             _threshold(axis, report)
             axis.set_title(method, fontsize=9.5, loc="left")
             axis.set_xlabel("PSNR, dB")
-            axis.set_xlim(left=0)
+        highest = max(max(_ratios(report, row)) for row in report["settings"])
+        axes[0][0].set_xlim(0, highest + 2)
         axes[0][0].set_ylabel("images at least as good, %")
         _legend(axes[0])
         figure.tight_layout()
@@ -121,10 +122,13 @@ def frontier(report: dict[str, Any]) -> str:
             axis.annotate(
                 "no defence" if one["defence"] == "none" else one["defence"],
                 (price, 100 * one["best"]["share"]),
-                xytext=(7, 5 + 9 * (number % 3)),
+                xytext=(7, 4 + 9 * (number % 2)),
                 textcoords="offset points",
                 fontsize=8,
             )
+        for colour, mark, words in ((RED, "o", "best attack"), (AMBER, "s", "best naive attack")):
+            axis.plot([], [], mark, color=colour, markersize=5, label=words)
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
         axis.set_ylim(-4, 108)
         axis.set_xlim(-0.03, 1.05)
         axis.set_xlabel("error of the mean update: 0 nothing lost, 1 nothing left (a stand-in for accuracy)")
