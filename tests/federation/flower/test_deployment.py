@@ -180,6 +180,7 @@ def test_a_node_dies_and_another_sends_garbage(
     assert any("1" in one["accepted"] for one in rounds[1:])
 
     (run,) = json.loads(engine.call("flwr", "list", "here", "--format", "json"))["runs"]
-    # Flower counts what passes the SuperLink on its way to and from the nodes: our messages, and their envelopes.
-    sent, received = (sum(one[way] for one in rounds) for way in ("down", "up"))
-    print("ours", sent, received, "Flower's", run)
+    traffic = run["network-traffic"]
+    for way, flowers in (("down", traffic["outbound-bytes"]), ("up", traffic["inbound-bytes"])):
+        ours = sum(one[way] for one in rounds)
+        assert 0.88 * flowers < ours < 1.02 * flowers, (way, ours, flowers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from logging import INFO, WARNING, getLogger
 
@@ -165,7 +165,7 @@ class CodecStrategy(Strategy):
         """Open the replies, leave out those that are none, and let the wrapped strategy average the others."""
         server_round += self._before
         taken = {}
-        for reply in replies:
+        for reply in self._from_nodes(replies):
             node = reply.metadata.src_node_id
             try:
                 taken[node] = self._open(reply, server_round)
@@ -206,7 +206,7 @@ class CodecStrategy(Strategy):
         """Leave out replies that are none, and let the wrapped strategy average the others."""
         server_round += self._before
         taken = {}
-        for reply in replies:
+        for reply in self._from_nodes(replies):
             node = reply.metadata.src_node_id
             try:
                 self._check(reply)
@@ -214,7 +214,7 @@ class CodecStrategy(Strategy):
                 taken[node] = reply
                 self.known[node].held = self.download.version
             except CodecError as error:
-                log.log(WARNING, "Evaluation by %s is left out: %s", self._name(node), error)
+                log.log(WARNING, "Evaluation by %s is left out: %s", self.known[node].name, error)
         for node in _odd_ones(taken):
             del taken[node]
         self._close(missing=False)
@@ -255,7 +255,7 @@ class CodecStrategy(Strategy):
             self._arrays = arrays
             self.download.follow(arrays_of(arrays))
         sent = []
-        for message in sorted(messages, key=lambda one: self._name(one.metadata.dst_node_id)):
+        for message in sorted(messages, key=lambda one: self.known[one.metadata.dst_node_id].name):
             node = self.known[message.metadata.dst_node_id]
             start, record = self.download.record(node.held)
             request = Request(
@@ -307,9 +307,17 @@ class CodecStrategy(Strategy):
         reply.content[key] = record_of(arrays)
         return reply, update, law, size
 
+    def _from_nodes(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """Yield the nodes' replies; for a node that is gone, Flower itself answers."""
+        for reply in replies:
+            self.rounds[-1].up += wire_bytes(reply)
+            if reply.metadata.src_node_id in self.known:
+                yield reply
+            elif reply.has_error():
+                log.log(WARNING, "Flower says: %s", reply.error.reason)
+
     def _check(self, reply: Message) -> None:
         node = reply.metadata.src_node_id
-        self.rounds[-1].up += wire_bytes(reply)
         if node not in self._asked:
             raise CodecError("Expected one reply of a node that was asked.")
         del self._asked[node]
@@ -324,7 +332,7 @@ class CodecStrategy(Strategy):
         return getattr(self.inner, "weighted_by_key", "num-examples")
 
     def _refuse(self, node: int, reason: str) -> None:
-        name = self._name(node)
+        name = self.known[node].name
         self.rounds[-1].refused[name] = reason
         log.log(WARNING, "The update of %s is left out of round %d: %s", name, self.rounds[-1].round, reason)
 
@@ -332,9 +340,6 @@ class CodecStrategy(Strategy):
         for node in list(self._asked) if missing else ():
             self._refuse(node, "no reply")
         self._asked.clear()
-
-    def _name(self, node: int) -> str:
-        return self.known[node].name if node in self.known else str(node)
 
 
 GREETING = 120.0  # seconds that nodes have for an answer to the greeting
