@@ -67,8 +67,8 @@ class Table:
 
 def sampling(rounds: int) -> dict[str, dict[str, Any]]:
     """Return dynamic sampling beside a static fraction with as many participations in all."""
-    # 50 clients: 0.4 e^(-0.02 t), not below 0.06; the same participations as the static fraction, to one in a hundred.
-    dynamic = {"schedule": "exponential", "fraction": 0.4, "decay": 0.02, "floor": 0.06, "sampler": "uniform"}
+    # 50 clients: 0.4 e^(-0.03 t), not below 0.06; the same participations as the static fraction, to one in a hundred.
+    dynamic = {"schedule": "exponential", "fraction": 0.4, "decay": 0.03, "floor": 0.06, "sampler": "uniform"}
     drawn = sum(Plan(**dynamic, rounds=rounds).draw({}).count(number, 50) for number in range(rounds))
     static = {"schedule": "static", "fraction": drawn / rounds / 50, "sampler": "uniform"}
     whole = {"codec": "none", "download": "none"}
