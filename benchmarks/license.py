@@ -17,13 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from privet.files import append_line, read_lines, write_bytes
 from privet.images import ImageSet, align, open_images
@@ -55,7 +55,7 @@ class Cell:
 
 # The same architecture for all comparisons; the others once each, on clean and on protected files.
 MAIN, OTHERS = "vgg11-w16", ("resnet10-w16", "cnn-w32")
-LEARNER = Learner(epochs=20)
+EPOCHS = 15
 
 
 class Bench:
@@ -247,8 +247,11 @@ def verdict(lines: Sequence[dict[str, Any]]) -> str:
     mean = {who: statistics.fmean(values) for who, values in last.items()}
     reached = {who: statistics.fmean(values) for who, values in peak.items()}
     cost = mean["clean files"] - mean["licensee"]
-    failed = [f"{who} reaches {reached[who]:.1f} %" for who in reached
-              if who not in ("clean files", "licensee") and reached[who] > mean["clean files"] - GAP]
+    failed = [
+        f"{who} reaches {reached[who]:.1f} %"
+        for who in reached
+        if who not in ("clean files", "licensee") and reached[who] > mean["clean files"] - GAP
+    ]
     if cost > COST:
         failed.insert(0, f"the licensee loses {cost:.1f} points")
     if failed:
@@ -266,7 +269,10 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
         last, best = (statistics.fmean(100 * line[name] for line in group) for name in ("last", "best"))
         text.append(f"| {who} | {architecture} | {last:.1f} | {best:.1f} | {len(group)} |")
     machines = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
-    text += ["", "Accuracy on clean test images in %, mean over the seeds of learners; one seed and key of the noise."]
+    text += [
+        "",
+        "Accuracy on clean test images in %, mean over the seeds of learners; one seed and key of the noise.",
+    ]
     text += ["", verdict(lines), "", f"Measured on: {'; '.join(machines) or 'nothing yet'}."]
     return "\n".join(text) + "\n"
 
