@@ -23,14 +23,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from privet.files import append_line, read_lines, write_bytes
 from privet.images import ImageSet, align, open_images
 from privet.learning import Job, Learner, Runtime, learn
-from privet.models import KeyedStem
+from privet.learning.train import training_step
+from privet.models import KeyedStem, create_model
 from privet.protection import UGE, publish
 from privet.recovery import create_recovery
+from privet.seeds import generator
 from protect import Lines, hardware
 
 HERE = Path(__file__).parent
@@ -201,6 +203,29 @@ def by_pairs(count: int) -> Way:
     return way
 
 
+def by_training(bench: Bench) -> Sets:
+    """Somebody who puts a linear layer over tiles before a network, trains both, and then trains anew behind it."""
+    tile, runtime, images = bench.method.tile, bench.runtime, bench.protected
+    layer = nn.Conv2d(3 * tile**2, 3 * tile**2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(3 * tile**2)[:, :, None, None])
+    front = nn.Sequential(nn.PixelUnshuffle(tile), layer, nn.PixelShuffle(tile))
+    network = create_model(MAIN, classes=images.classes, size=images.size, seed=1)
+    model = runtime.place(nn.Sequential(front, network))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(6):
+        for index in torch.randperm(len(images), generator=generator(1, "order", epoch)).split(128):
+            x, y = images.pixels[index].float() / 255, images.labels[index]
+            training_step(model, optimizer, x, y, rate=0.05, runtime=runtime)
+
+    @torch.no_grad()
+    def change(pixels: Tensor) -> Tensor:
+        parts = [front(part.float() / 255) * 255 for part in pixels.split(512)]
+        return torch.cat(parts).round_().clamp_(0, 255).to(torch.uint8)
+
+    return through(change, bench)
+
+
 def directions(bench: Bench) -> int:
     """Return how many dimensions of a tile the stem takes: the design is known."""
     return bench.method.stem.groups((bench.method.tile, bench.method.tile))
@@ -213,6 +238,7 @@ WAYS: dict[str, Way] = {
     "another stem": wrong_stem,
     "by covariance": by_covariance,
     "by 50 pairs": by_pairs(50),
+    "by training": by_training,
     "grayscale": recovery("grayscale"),
     "jpeg-10": recovery("jpeg-10"),
     "projection": recovery("projection"),

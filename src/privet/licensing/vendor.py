@@ -327,7 +327,13 @@ def _planned(run: Mapping[str, Any]) -> StemPlan | None:
     """Return the stem that a run confined its noise to, or None."""
     if run.get("method") != UGE.name:
         return None
-    return StemPlan(**{name: run["settings"][name] for name in ("group", "tile", "grey")})
+    try:
+        settings = run["settings"]
+        return StemPlan(group=int(settings["group"]), tile=int(settings["tile"]), grey=bool(settings["grey"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{RUN} names the method {UGE.name}, but not its stem. Protect the originals again."
+        ) from error
 
 
 def _check_stem(stem: KeyedStem, folder: Path, clean: str | Path, *, grey: bool, progress: Progress) -> None:
