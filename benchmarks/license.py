@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.files import append_line, read_lines, write_bytes
-from privet.images import ImageSet, align, open_images
+from privet.images import ImageSet, align, open_images, pair
 from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.train import training_step
 from privet.models import KeyedStem, create_model
@@ -69,8 +69,8 @@ class Bench:
         self.method = UGE.preset("cpu", key=KEY)
         out = work / "license-small"
         publish(self.clean, self.method, out, runtime=self.runtime, progress=Lines())
-        self.protected = align(open_images(out, size=self.clean.size), self.clean.class_names)
-        assert self.protected.names == self.clean.names
+        self.clean, self.protected = pair(self.clean, open_images(out, size=self.clean.size))
+        assert len(self.protected) == IMAGES
         stem = self.method.stem
         assert torch.equal(stem.apply_to(self.protected.pixels), stem.apply_to(self.clean.pixels))
 
