@@ -20,7 +20,7 @@ from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
-from privet.protection.minimise import Batch, Batches, Confine, Disturb, minimise, pack, unpack
+from privet.protection.minimise import Batch, Batches, Confine, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -166,8 +166,6 @@ class EM(Bounded):
                 randomness = job.random("views", step, job.runtime.rank)
                 augmentation = augmentation_for(images.size, flip=self.flip)
                 seen = augmentation.draw(len(index), images.size, randomness).apply(seen)
-            if (disturb := self._disturb()) is not None:
-                seen = disturb(seen, batch.labels, job.random("disturbances", step, job.runtime.rank))
             training_step(
                 trained, optimizer, seen, batch.labels, rate=self.learning_rate, runtime=job.runtime
             )
@@ -222,7 +220,6 @@ class EM(Bounded):
             steps=1 if self.mode == "class" else self.noise_steps,
             augmentation=augmentation_for(size, flip=self.flip) if self.views else None,
             views=max(1, self.views),
-            disturb=self._disturb(),
             confine=self._confine(),
             generator=randomness,
             runtime=job.runtime,
@@ -230,10 +227,6 @@ class EM(Bounded):
 
     def _confine(self) -> Confine | None:
         """Return what keeps the noise to a part of all directions; here nothing does."""
-        return None
-
-    def _disturb(self) -> Disturb | None:
-        """Return what is done to views before the surrogate sees them; here nothing is."""
         return None
 
     def _rows(self, images: ImageSet, index: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from privet.learning.job import Job
 from privet.models.keyed_stem import KeyedStem, key_stream
 from privet.protection.base import Perturb
 from privet.protection.em import EM
-from privet.protection.minimise import Confine, Disturb
+from privet.protection.minimise import Confine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,12 @@ class UGE(EM):
         group: values in a group of the stem; it costs one of so many dimensions.
         tile: side of the stem's tile in pixels.
         grey: the stem moves the channels together, as grey files need. Such noise is much weaker.
-        decoys: other stems of the same design, one of which is looked through half of the time while the noise
-            is found, so that who guesses a stem gains less; 0 for none.
     """
 
     key: bytes = field(default=b"", repr=False)
     group: int = 8
     tile: int = 8
     grey: bool = False
-    decoys: int = 8
 
     name: ClassVar[str] = "uge"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -78,11 +75,6 @@ class UGE(EM):
             raise UsageError(f"{self.name} needs a vendor's key: protect with 'privet license protect'.")
         return KeyedStem.from_key(self.key, group=self.group, tile=self.tile, grey=self.grey)
 
-    @cached_property
-    def _others(self) -> list[KeyedStem]:
-        keys = [key_stream(self.key, f"decoy/{number}", 32) for number in range(self.decoys)]
-        return [KeyedStem.from_key(key, group=self.group, tile=self.tile, grey=self.grey) for key in keys]
-
     def settings(self) -> dict[str, Any]:
         """Return every setting by name; in place of the key, what tells it from others and says nothing of it."""
         self.stem  # noqa: B018 - before anything is written
@@ -94,17 +86,6 @@ class UGE(EM):
             return self.stem.spread(self.stem.amplitude(gradient), (gradient.shape[2], gradient.shape[3]))
 
         return confine
-
-    def _disturb(self) -> Disturb | None:
-        def disturb(views: Tensor, labels: Tensor, randomness: torch.Generator) -> Tensor:
-            draw = torch.randint(0, 2 * self.decoys, (), generator=randomness, device=views.device)
-            if int(draw) >= self.decoys:
-                return views
-            decoy = self._others[int(draw)]
-            taken = decoy.spread(decoy.amplitude(views), (views.shape[2], views.shape[3]))
-            return (views - taken).clamp_(0, 1)
-
-        return disturb if self.decoys else None
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         self._refuse(images)
