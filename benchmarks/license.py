@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -246,7 +247,8 @@ WAYS: dict[str, Way] = {
 }
 
 
-UNTOUCHED = ("clean files", "licensee")  # what they see does not depend on the noise
+CLEAN, LICENSEE = "clean files", "licensee"
+UNTOUCHED = (CLEAN, LICENSEE)  # what they see does not depend on the noise
 
 
 def cells(seeds: Sequence[int]) -> list[Cell]:
@@ -264,38 +266,48 @@ def cells(seeds: Sequence[int]) -> list[Cell]:
 
 def verdict(lines: Sequence[dict[str, Any]]) -> str:
     """Say whether the files are conditionally learnable, by the bounds that were set beforehand."""
-    last: dict[str, list[float]] = {}
-    peak: dict[str, list[float]] = {}
-    for line in lines:
-        if line["cell"]["architecture"] == MAIN:
-            last.setdefault(line["cell"]["who"], []).append(100 * line["last"])
-            peak.setdefault(line["cell"]["who"], []).append(100 * line["best"])
-    if missing := [who for who in WAYS if who not in last]:
-        return f"No verdict: not measured yet: {', '.join(missing)}."
-    mean = {who: statistics.fmean(values) for who, values in last.items()}
-    reached = {who: statistics.fmean(values) for who, values in peak.items()}
-    cost = mean["clean files"] - mean["licensee"]
-    failed = [
-        f"{who} reaches {reached[who]:.1f} %"
-        for who in reached
-        if who not in UNTOUCHED and reached[who] > mean["clean files"] - GAP
-    ]
-    if cost > COST:
-        failed.insert(0, f"the licensee loses {cost:.1f} points")
+    last, peak = grouped(lines, "last"), grouped(lines, "best")
+    missing = [f"{cell.who} ({cell.architecture})" for cell in cells([0]) if key(cell) not in last]
+    failed = []
+    for who, architecture in last:
+        if (CLEAN, architecture) not in last:
+            continue
+        reference = last[CLEAN, architecture]
+        if who == LICENSEE and reference - last[who, architecture] > COST:
+            failed.append(
+                f"the licensee's {architecture} loses {reference - last[who, architecture]:.1f} points"
+            )
+        if who not in UNTOUCHED and peak[who, architecture] > reference - GAP:
+            failed.append(
+                f"{who} reaches {peak[who, architecture]:.1f} of {reference:.1f} % ({architecture})"
+            )
+    left = f" Not measured yet: {', '.join(missing)}." if missing else ""
     if failed:
-        return "NOT conditionally learnable: " + "; ".join(failed) + "."
-    return f"Conditionally learnable: the licensee loses {cost:.1f} points, everybody else at least {GAP:g}."
+        return "NOT conditionally learnable: " + "; ".join(failed) + "." + left
+    return left.strip() or f"Conditionally learnable: {COST:g} points lost at most, and {GAP:g} at least."
+
+
+def key(cell: Cell) -> tuple[str, str]:
+    """Return what the seeds of a row share."""
+    return cell.who, cell.architecture
+
+
+def grouped(lines: Sequence[dict[str, Any]], name: str) -> dict[tuple[str, str], float]:
+    """Return a figure by who and architecture, in percent, the mean over seeds."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in lines:
+        found.setdefault(key(Cell(**line["cell"])), []).append(100 * line[name])
+    return {place: statistics.fmean(values) for place, values in found.items()}
 
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
     """Return the table and the verdict."""
     text = ["| who | network | last epoch | best epoch | seeds |", "| --- | --- | ---: | ---: | ---: |"]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        found.setdefault((line["cell"]["who"], line["cell"]["architecture"]), []).append(line)
-    for (who, architecture), group in found.items():
-        last, best = (statistics.fmean(100 * line[name] for line in group) for name in ("last", "best"))
-        text.append(f"| {who} | {architecture} | {last:.1f} | {best:.1f} | {len(group)} |")
+    seeds = Counter(key(Cell(**line["cell"])) for line in lines)
+    best = grouped(lines, "best")
+    for (who, architecture), last in grouped(lines, "last").items():
+        place = (who, architecture)
+        text.append(f"| {who} | {architecture} | {last:.1f} | {best[place]:.1f} | {seeds[place]} |")
     machines = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
     text += [
         "",

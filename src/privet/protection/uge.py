@@ -40,7 +40,7 @@ class UGE(EM):
         key: at least 16 secret bytes that the stem follows from; never recorded, but for a commitment.
         group: values in a group of the stem; it costs one of so many dimensions.
         tile: side of the stem's tile in pixels.
-        grey: the stem moves the channels together, as grey files need. Such noise is much weaker.
+        grey: the stem moves the channels together, as grey files need. What such noise is worth is not measured.
     """
 
     key: bytes = field(default=b"", repr=False)
