@@ -235,13 +235,13 @@ def directions(bench: Bench) -> int:
 WAYS: dict[str, Way] = {
     "clean files": clean,
     "licensee": licensee,
-    "nothing": plain,
-    "another stem": wrong_stem,
     "by covariance": by_covariance,
+    "nothing": plain,
+    "jpeg-10": recovery("jpeg-10"),
+    "another stem": wrong_stem,
+    "grayscale": recovery("grayscale"),
     "by 50 pairs": by_pairs(50),
     "by training": by_training,
-    "grayscale": recovery("grayscale"),
-    "jpeg-10": recovery("jpeg-10"),
     "projection": recovery("projection"),
     "blur-1": recovery("blur-1"),
 }

@@ -59,8 +59,9 @@ TABLE: dict[str, Protection] = {
     "ucl": UCL(class_rounds=1, rounds=1, **CONTRASTIVE),
     "ucl class-wise": UCL(class_rounds=2, rounds=0, **CONTRASTIVE),
     "tue": TUE(rounds=2, **CONTRASTIVE),
-    "uge": UGE(key=KEY, grey=True, max_rounds=2, **SMALL),
-    "uge class-wise": UGE(key=KEY, grey=True, mode="class", max_rounds=2, **SMALL),
+    # One descent: of a few groups, several might all come back to where they were.
+    "uge": UGE(key=KEY, grey=True, max_rounds=1, **{**SMALL, "noise_steps": 1}),
+    "uge class-wise": UGE(key=KEY, grey=True, mode="class", max_rounds=1, **SMALL),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),

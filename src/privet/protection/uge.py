@@ -44,7 +44,7 @@ class UGE(EM):
     """
 
     key: bytes = field(default=b"", repr=False)
-    group: int = 8
+    group: int = 4
     tile: int = 8
     grey: bool = False
 
@@ -59,7 +59,7 @@ class UGE(EM):
             "noise_steps": 2,
             "step_size": 1.6,
             "stop_error": 0.0,
-            "max_rounds": 12,
+            "max_rounds": 15,
             "views": 1,
         },
     }
@@ -92,10 +92,7 @@ class UGE(EM):
         wanted = super()._perturb(images, job)
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
-            amplitude = self.stem.amplitude(wanted(index, randomness).cpu())
-            # By 1 at least: what descents left near its start would be delivered as no noise at all.
-            amplitude = torch.where(amplitude < 0, -1, 1) * amplitude.abs().clamp_(min=1)
-            delta = self.stem.spread(amplitude, images.size)
+            delta = wanted(index, randomness).cpu()
             return self.stem.project(delta, images.pixels[index], epsilon=self.epsilon)
 
         return perturb
