@@ -44,7 +44,7 @@ class UGE(EM):
     """
 
     key: bytes = field(default=b"", repr=False)
-    group: int = 4
+    group: int = 8
     tile: int = 8
     grey: bool = False
 
@@ -59,7 +59,7 @@ class UGE(EM):
             "noise_steps": 2,
             "step_size": 1.6,
             "stop_error": 0.0,
-            "max_rounds": 15,
+            "max_rounds": 12,
             "views": 1,
         },
     }
