@@ -61,7 +61,6 @@ TABLE: dict[str, Protection] = {
     "tue": TUE(rounds=2, **CONTRASTIVE),
     # One descent: of a few groups, several might all come back to where they were.
     "uge": UGE(key=KEY, grey=True, max_rounds=1, **{**SMALL, "noise_steps": 1}),
-    "uge class-wise": UGE(key=KEY, grey=True, mode="class", max_rounds=1, **SMALL),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),
