@@ -41,6 +41,7 @@ _HOMES = {
         "REM",
         "SEM",
         "TAP",
+        "UGE",
         "Protection",
         "RandomNoise",
         "publish",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from privet.protection import REM as REM
     from privet.protection import SEM as SEM
     from privet.protection import TAP as TAP
+    from privet.protection import UGE as UGE
     from privet.protection import Protection as Protection
     from privet.protection import RandomNoise as RandomNoise
     from privet.protection import publish as publish

@@ -103,7 +103,17 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "unknown method": (
         ["protect", "{clean}", "--out", "{out}", "--method", "em2"],
         2,
-        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, random",
+        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, uge, random",
+    ),
+    "a method that needs a key": (
+        ["protect", "{clean}", "--out", "{out}", "--method", "uge"],
+        2,
+        "uge needs a vendor's key: protect with 'privet license protect'",
+    ),
+    "a key as an argument": (
+        ["protect", "{clean}", "--out", "{out}", "--method", "uge", "--set", "key=00"],
+        2,
+        "Expected --set NAME=VALUE with NAME one of",
     ),
     "unknown preset": (
         ["protect", "{clean}", "--out", "{out}", "--preset", "fast"],

@@ -12,7 +12,7 @@ from privet.cli import main
 from privet.images import write_images
 from privet.licensing import Vendor, read_licence, sealed
 from tests.conftest import blobs
-from tests.licensing.conftest import World, protect, publish
+from tests.licensing.conftest import World
 
 WORDS = {"ours": "a phrase of the vendor's", "theirs": "a phrase of the licensee's"}
 
@@ -73,12 +73,15 @@ def test_from_keys_to_a_leak(
     vendor = Vendor.open(keys, WORDS["ours"])
     images = blobs(12)
     write_images(images, images, clean, workers=1)
-    publish(images, protect(images, vendor, "cats"), folder)
+    made = ("protect", clean, "--keys", keys, "--name", "cats", "--out", folder, "--passphrase-file", ours)
+    small = ("surrogate=cnn-w4", "max_rounds=2", "train_steps=3", "batch_size=6")
+    assert "12 images protected for cats" in run(*made, *(part for one in small for part in ("--set", one)))
+    assert not (folder / "surrogate.safetensors").exists() and (keys / "cats.surrogate.safetensors").exists()
     (tmp_path / "recipe.json").write_text('{"architecture": "cnn-w4", "epochs": 1, "batch_size": 6}')
 
     made = ("release", folder, "--keys", keys, "--name", "cats", "--passphrase-file", ours)
-    stem = ("--stem", "--clean", clean, "--recipe", tmp_path / "recipe.json")
-    assert "Through the stem" in run(*made, *stem, "--stem-group", 6, code=20)
+    stem = ("--clean", clean, "--recipe", tmp_path / "recipe.json")
+    assert "Through the stem" in run(*made, *stem, "--stem", "--stem-group", 6, code=20)
     assert "names no audit" in run(*made, *stem)
     give = ("issue", "cats", "--keys", keys, "--vendor-passphrase-file", ours, "--passphrase-file", theirs)
     assert "give --protected and --clean" in run(
@@ -141,7 +144,7 @@ def test_from_keys_to_a_leak(
             assert not contains(data, secret), f"{name} in {path}"
 
 
-@pytest.mark.parametrize("verb", ["keygen", "release", "issue", "verify", "train", "trace"])
+@pytest.mark.parametrize("verb", ["keygen", "protect", "release", "issue", "verify", "train", "trace"])
 def test_every_verb_has_help(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["license", verb, "--help"]) == 0
     assert f"Usage: privet license {verb}" in capfd.readouterr().out

@@ -359,6 +359,14 @@ def test_releases_that_cannot_be_made(made: World, tmp_path: Path) -> None:
         Vendor.create(made.root / "vendor", OURS, work=EASY)
 
 
+@pytest.mark.parametrize("run", [{}, {"settings": 3}, {"settings": {"group": "x", "tile": 8, "grey": False}}])
+def test_a_run_that_does_not_tell_its_stem(made: World, tmp_path: Path, run: dict[str, object]) -> None:
+    publish(made.clean, made.protected, tmp_path / "p")
+    (tmp_path / "p/run.json").write_text(json.dumps({"method": "uge", **run}))
+    with pytest.raises(InputError, match="names the method uge, but not its stem"):
+        release(tmp_path / "p", made.vendor, "a", OURS, clean=made.root / "clean", work=EASY)
+
+
 def test_the_same_release_again_is_the_same(made: World, tmp_path: Path) -> None:
     """After a kill between its two files, or when the files were protected again."""
     vendor = Vendor.create(tmp_path / "v", OURS, work=EASY)

@@ -33,6 +33,7 @@ from privet.protection import (
     TAP,
     TUE,
     UCL,
+    UGE,
     Bounded,
     Job,
     Protection,
@@ -44,6 +45,7 @@ from privet.protection.publication import publish
 Make = Callable[..., Path]
 
 SMALL = {"surrogate": "cnn-w4", "train_steps": 3, "batch_size": 8, "noise_steps": 2}
+KEY = bytes(range(32))
 CONTRASTIVE = {"surrogate": "cnn-w4", "class_steps": 2, "train_steps": 2, "batch_size": 8, "noise_steps": 2}
 
 TABLE: dict[str, Protection] = {
@@ -57,6 +59,8 @@ TABLE: dict[str, Protection] = {
     "ucl": UCL(class_rounds=1, rounds=1, **CONTRASTIVE),
     "ucl class-wise": UCL(class_rounds=2, rounds=0, **CONTRASTIVE),
     "tue": TUE(rounds=2, **CONTRASTIVE),
+    # One descent: of a few groups, several might all come back to where they were.
+    "uge": UGE(key=KEY, grey=True, max_rounds=1, **{**SMALL, "noise_steps": 1}),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),

@@ -1,4 +1,4 @@
-"""privet license: sign a release, issue licences for it, check both, train with one, trace a leaked copy."""
+"""privet license: protect images for a release, sign it, issue licences, check both, train with one, trace a leak."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import getpass
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich import print as say
 from rich.markup import escape
 
+from privet.cli.options import FILES, MACHINE, Files, Machine
 from privet.cli.screen import progress
 from privet.errors import OK, InputError, UsageError
 
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from privet.images import ImageSet
+    from privet.learning import Publication
+
 license = App(
     name="license",
-    help="Sign a release, issue licences for it, check both, train with one, trace a leaked copy.",
+    help="Protect images for a release, sign it, issue licences, check both, train with one, trace a leaked copy.",
 )
 
 
@@ -39,6 +44,69 @@ def keygen(folder: Path, /, *, passphrase_file: Path | None = None) -> int:
     say(f"Keys written to {escape(str(folder))}; the vendor's public name is {key_id(vendor.public)}.")
     say("Keep vendor.key and its passphrase apart, each with a copy. Give vendor.pub to everybody.")
     return OK
+
+
+@license.command
+def protect(
+    source: str,
+    /,
+    *,
+    keys: Path,
+    name: str,
+    out: Path,
+    preset: str | None = None,
+    epsilon: int = 8,
+    set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
+    seed: int = 0,
+    passphrase_file: Path | None = None,
+    files: Files = FILES,
+    machine: Machine = MACHINE,
+) -> int:
+    """Add noise that the keyed stem of a release takes away, and that networks without it learn instead of the images.
+
+    A killed run goes on when the same command is given again, and ends with the same bytes.
+
+    Parameters
+    ----------
+    source
+        A folder of class folders, a .csv or .jsonl of paths and labels, Parquet, or a hub id.
+    keys
+        The vendor's folder; gets the surrogate, which must stay private.
+    name
+        Of the release that this will be: its key follows from it.
+    out
+        New folder for the protected images, manifest.jsonl and run.json.
+    preset
+        paper (needs a GPU) or cpu. Default: paper where there is a GPU, else cpu.
+    epsilon
+        Budget: no channel of a pixel changes by more, in 1/255.
+    set
+        Any other setting of the method uge, as NAME=VALUE; may be repeated. docs/methods.md lists them.
+    seed
+        The same seed and key give the same bytes.
+    passphrase_file
+        A file whose first line is the vendor's passphrase (default: asked for).
+    files
+        How images are read and written.
+    machine
+        Where it runs.
+    """
+    from privet.cli.protect import parse_settings
+    from privet.licensing import Vendor
+    from privet.licensing import protect as make
+    from privet.protection import UGE
+
+    settings = {**parse_settings(UGE, set or []), "epsilon": epsilon}
+    vendor = Vendor.open(keys, _passphrase(passphrase_file, "Passphrase of the vendor"))
+    here = machine.find()
+    preset = preset or ("paper" if here.device.type == "cuda" else "cpu")
+
+    def change(images: ImageSet, **writing: Any) -> Publication:
+        return make(
+            images, vendor, name, out, preset=preset, settings=settings, runtime=here, seed=seed, **writing
+        )
+
+    return files.change(source, out, change, rank=here.rank, what=f"protected for {escape(name)}")
 
 
 @license.command
@@ -69,7 +137,8 @@ def release(
     name
         Of the release, never used before: its keys follow from it.
     stem
-        The release has a keyed stem. That the stem fits is checked.
+        The release has a keyed stem, though its files are not from `privet license protect`, which says so itself.
+        In either case it is checked that the stem fits.
     stem_group
         Values in a group of the stem.
     stem_tile
@@ -77,7 +146,7 @@ def release(
     stem_grey
         The stem moves the channels together; for grey files.
     clean
-        The originals, for the check of the stem.
+        The originals, for the check of the stem; needed where there is one.
     weights
         Secret initial weights, as a file that privet saved.
     recipe
@@ -238,9 +307,7 @@ def train(
     vendor: Path | None = None,
     passphrase_file: Path | None = None,
     seed: int = 0,
-    device: str = "auto",
-    precision: str = "bf16",
-    compile: bool = False,
+    machine: Machine = MACHINE,
 ) -> int:
     """Check a release and a licence, then train with the licence's recipe, stem and initial weights.
 
@@ -262,20 +329,15 @@ def train(
         A file whose first line opens the licence (default: asked for).
     seed
         The same seed gives the same network.
-    device
-        auto, cpu or cuda.
-    precision
-        bf16 or float32.
-    compile
-        Use torch.compile; worth it for long runs on a GPU.
+    machine
+        Where it runs.
     """
-    from privet.learning import Runtime
     from privet.licensing import read_licence, read_public
     from privet.licensing import train as work
 
     public = read_public(vendor) if vendor else None
     opened = read_licence(licence, _passphrase(passphrase_file, "Passphrase of the licence"), public=public)
-    here = Runtime.find(device, precision, compile=compile)
+    here = machine.find()
     with progress(here.rank) as listener:
         learned = work(folder, test, opened, out, runtime=here, public=public, seed=seed, progress=listener)
     if here.rank == 0:

@@ -42,7 +42,8 @@ def protect(
         New folder for the protected images, manifest.jsonl, run.json and the surrogate.
     method
         em, sem, rem, tap (noise that nobody sees); ucl, tue (likewise, against learners without labels); lsp, ar, ops,
-        cuda (seconds, but visible); or random (the control, which does not protect).
+        cuda (seconds, but visible); or random (the control, which does not protect). uge, which needs a key, has its
+        own verb: privet license protect.
     preset
         paper (the published settings; needs a GPU) or cpu (small and short).
         Default: paper where there is a GPU, else cpu.
@@ -82,7 +83,8 @@ def parse_settings(kind: type[Any], assignments: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: not an assignment, no such setting, or a value of another type.
     """
-    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    # What is not shown is secret, and no argument, which other users of the machine could see.
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind) if field.repr}
     settings: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")

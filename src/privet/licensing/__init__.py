@@ -5,7 +5,7 @@ from privet.licensing.keys import Vendor, read_public
 from privet.licensing.licence import Licence, Terms, load_licence, read_licence, write_licence
 from privet.licensing.manifest import Manifest, read_manifest, write_manifest
 from privet.licensing.train import train
-from privet.licensing.vendor import StemPlan, find_leak, issue, make_copy, release
+from privet.licensing.vendor import StemPlan, find_leak, issue, make_copy, protect, release
 from privet.licensing.verify import Verified, verify
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load_licence",
     "make_copy",
     "mark",
+    "protect",
     "read_licence",
     "read_manifest",
     "read_public",

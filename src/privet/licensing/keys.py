@@ -87,7 +87,11 @@ class Vendor:
 
     def stem(self, release: str, *, group: int = 4, tile: int = 8, grey: bool = False) -> KeyedStem:
         """Return the stem of a release; the arguments are those of `KeyedStem.from_key`."""
-        return KeyedStem.from_key(self._derive("stem", release), group=group, tile=tile, grey=grey)
+        return KeyedStem.from_key(self.stem_key(release), group=group, tile=tile, grey=grey)
+
+    def stem_key(self, release: str) -> bytes:
+        """Return the key of a release's stem, and of the noise that the stem takes away."""
+        return self._derive("stem", release)
 
     def salt(self, release: str) -> bytes:
         """Return the 32 bytes that keep a release's commitments from being guessed."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from privet.errors import InputError, LicenceError, OutputError, UsageError
-from privet.files import RUN, append_line, read_json, read_lines, sha256
+from privet.files import RUN, append_line, read_json, read_lines, sha256, write_bytes
 from privet.images import ImageSet, open_images, pair
 from privet.images.budget import Budget
 from privet.images.picture import measure
@@ -29,6 +29,8 @@ from privet.models import load_model
 from privet.models.keyed_stem import CHUNK, KeyedStem
 from privet.models.weights import read_tensors
 from privet.progress import Progress, silent
+from privet.protection import UGE, publish
+from privet.protection.surrogate import FILE as SURROGATE
 
 LEDGER = "ledger.jsonl"
 
@@ -40,6 +42,44 @@ class StemPlan:
     group: int = 4
     tile: int = 8
     grey: bool = False
+
+
+def protect(
+    images: ImageSet,
+    vendor: Vendor,
+    name: str,
+    out: Path,
+    *,
+    preset: str,
+    settings: Mapping[str, Any] | None = None,
+    runtime: Runtime,
+    seed: int = 0,
+    **writing: Any,
+) -> Publication:
+    """Protect images with noise that the stem of a release takes away, and write them for that release.
+
+    The surrogate, which knows the noise, goes to the vendor's folder (`NAME.surrogate.safetensors`).
+
+    Args:
+        images: the originals, as opened.
+        vendor: whose key the stem comes from.
+        name: of the release that this will be.
+        out: a new folder; a killed call goes on there.
+        preset: of `UGE`.
+        settings: of `UGE` that differ from the preset's.
+        runtime: where.
+        seed: the same seed gives the same bytes.
+        **writing: as for `publish`.
+
+    Raises:
+        PrivetError: as `UGE` and `publish`.
+    """
+    chosen = UGE.preset(preset, **{**(settings or {}), "key": vendor.stem_key(check_name(name))})
+    publication = publish(images, chosen, out, runtime=runtime, seed=seed, **writing)
+    if runtime.rank == 0 and (surrogate := out / SURROGATE).exists():
+        write_bytes(vendor.folder / f"{name}.surrogate.safetensors", surrogate.read_bytes(), private=True)
+        surrogate.unlink()
+    return publication
 
 
 def release(
@@ -63,7 +103,8 @@ def release(
         vendor: who signs.
         name: of the release, never used before; the stem follows from it.
         passphrase: of the vendor, for the file that the licences are made from.
-        stem: the stem that the perturbation was confined to, or None.
+        stem: the stem that the perturbation was confined to; None for what `protect` wrote into run.json,
+            if it made these files, and else for no stem.
         clean: the originals; needed with a stem, to check that through it both look the same.
         weights: the secret initial weights, as a file that privet saved, or None.
         recipe: settings of `Learner` by name.
@@ -77,9 +118,11 @@ def release(
         InputError, OutputError: as usual.
     """
     check_name(name)
+    settings = check_recipe(recipe or {})
+    run = read_json(folder / RUN) if (folder / RUN).exists() else {}
+    stem = stem or _planned(run)
     if stem is None and weights is None:
         raise UsageError("Expected a stem or initial weights: without either, everybody is authorised alike.")
-    settings = check_recipe(recipe or {})
     tensors: dict[str, Tensor] = {}
     if stem is not None:
         if clean is None:
@@ -96,7 +139,6 @@ def release(
         tensors |= {f"weights/{key}": value for key, value in read_tensors(weights)[0].items()}
     terms = Terms(release=name, licensee="vendor", recipe=settings, public_key=vendor.public.hex())
     master = Licence(terms=terms, salt=vendor.salt(name), tensors=tensors)
-    run = read_json(folder / RUN) if (folder / RUN).exists() else {}
     manifest = Manifest(
         release=name,
         copy=None,
@@ -281,10 +323,23 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return dict(recipe)
 
 
+def _planned(run: Mapping[str, Any]) -> StemPlan | None:
+    """Return the stem that a run confined its noise to, or None."""
+    if run.get("method") != UGE.name:
+        return None
+    try:
+        settings = run["settings"]
+        return StemPlan(group=int(settings["group"]), tile=int(settings["tile"]), grey=bool(settings["grey"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{RUN} names the method {UGE.name}, but not its stem. Protect the originals again."
+        ) from error
+
+
 def _check_stem(stem: KeyedStem, folder: Path, clean: str | Path, *, grey: bool, progress: Progress) -> None:
     images, originals = _open_pair(folder, clean, progress)
     if bool(images.grey.any()) and not grey:
-        raise UsageError("Some images are grey, and their channels must move together: give the stem --grey.")
+        raise UsageError("Some images are grey, and their channels must move together: give --stem-grey.")
     before, after = pair(originals, images)
     if len(after) != len(images):
         raise InputError(

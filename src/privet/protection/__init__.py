@@ -14,6 +14,7 @@ from privet.protection.sem import SEM
 from privet.protection.tap import TAP
 from privet.protection.tue import TUE
 from privet.protection.ucl import UCL
+from privet.protection.uge import UGE
 
 __all__ = [
     "AR",
@@ -27,6 +28,7 @@ __all__ = [
     "TAP",
     "TUE",
     "UCL",
+    "UGE",
     "Bounded",
     "Job",
     "Protection",
@@ -36,5 +38,5 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Protection]] = {
-    method.name: method for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, RandomNoise)
+    method.name: method for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, UGE, RandomNoise)
 }

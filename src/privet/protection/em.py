@@ -20,7 +20,7 @@ from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
-from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
+from privet.protection.minimise import Batch, Batches, Confine, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -221,9 +221,14 @@ class EM(Bounded):
             steps=1 if self.mode == "class" else self.noise_steps,
             augmentation=augmentation_for(size, flip=self.flip) if self.views else None,
             views=max(1, self.views),
+            confine=self._confine(),
             generator=randomness,
             runtime=job.runtime,
         )
+
+    def _confine(self) -> Confine | None:
+        """Return what keeps the noise to a part of all directions; here nothing does."""
+        return None
 
     def _rows(self, images: ImageSet, index: Tensor) -> Tensor:
         """Return which row of the stored noise belongs to each of these images."""

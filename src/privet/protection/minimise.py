@@ -16,6 +16,9 @@ from privet.learning.runtime import Runtime
 Disturb = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """Maps views in [0, 1] and their labels to disturbed views in [0, 1]; the gradient passes straight."""
 
+Confine = Callable[[Tensor], Tensor]
+"""Maps gradients to their part in the directions that noise may take, (batch, 3, height, width)."""
+
 
 class Batch(NamedTuple):
     """Images to find noise for.
@@ -65,6 +68,7 @@ def minimise(
     augmentation: Augmentation | None = None,
     views: int = 1,
     disturb: Disturb | None = None,
+    confine: Confine | None = None,
     generator: torch.Generator,
     runtime: Runtime,
 ) -> Tensor:
@@ -85,6 +89,7 @@ def minimise(
         augmentation: the distribution of views, or None for the image itself.
         views: draws averaged in each step.
         disturb: what is done to each view before the network sees it, or None.
+        confine: keeps descents to a part of all directions, or None.
         generator: draws views and disturbances.
         runtime: gives the precision of the passes.
     """
@@ -108,5 +113,7 @@ def minimise(
         gradient = gradient.masked_fill_(moved != seen, 0)  # the derivative of the clip
         if tie is not None:
             gradient = torch.where(tie, gradient.sum(1, keepdim=True), gradient)
+        if confine is not None:
+            gradient = confine(gradient)
         noise = (noise - step_size * gradient.sign_()).clamp_(-epsilon, epsilon)
     return noise
