@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.conftest import blobs, stop_after
 
 from privet.cli import main
 from privet.errors import InputError, OutputError, UsageError
 from privet.federation.flower.federate import federate
 from privet.federation.flower.plan import Plan
+from privet.leakage.client import Client, network_of
 from privet.learning import Runtime, load_update
 from privet.report import write_federation
+from privet.seeds import generator
 
 Make = Callable[..., Path]
 PLAN = Plan(
@@ -142,3 +145,32 @@ def test_a_mistake_on_the_command_line(
     assert main([*run, "--clients", "500"]) == UsageError.exit_code
     assert "10 images for each client" in " ".join(capsys.readouterr().err.split())
     assert torch.is_grad_enabled()
+
+
+def test_a_record_tells_what_the_client_did(tmp_path: Path, runtime: Runtime) -> None:
+    """The leakage room's own client, on the same images in the same order, computes the recorded update."""
+    plan = replace(
+        PLAN,
+        architecture="lenet-strided-sigmoid-w4",
+        clients=4,
+        alpha=0.0,
+        rounds=1,
+        fraction=0.5,
+        local_epochs=2,
+        batch_size=12,
+        learning_rate=0.3,
+        codec="none",
+        download="none",
+    )
+    images = blobs(112, size=(16, 16))
+    federate(images, images, plan, tmp_path, runtime=runtime, source={}, record=1)
+    (folder,) = (tmp_path / "updates").iterdir()
+    update = load_update(folder)
+    assert (update.images, update.batch_size, update.local_steps) == (28, 12, 6)
+    mine = plan.split(images.labels.numpy())[int(folder.name)]
+    order = mine[torch.randperm(28, generator=generator(plan.seed, "order", 1, folder.name)).numpy()]
+    x, y = images.pixels[order].float() / 255, F.one_hot(images.labels[order], 3).float()
+    client = Client.of([update], network_of(update), device=torch.device("cpu"), dtype=torch.float32)
+    expected, (found, _) = client.gradient(x[None], y[None]), update.as_gradient()
+    for name, value in found.items():
+        assert torch.allclose(value, expected[name][0], atol=1e-5, rtol=1e-3), name
