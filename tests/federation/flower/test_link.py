@@ -88,3 +88,10 @@ def test_arrays_keep_order_shape_and_dtype() -> None:
         "count": "int64",
         "mask": "bool",
     }
+
+
+def test_beyond_what_a_float_holds() -> None:
+    """No warning, and nothing that looks like a number."""
+    far = {"x": np.array([1e300, -1e300]), "y": np.array([6e4], np.float16)}
+    assert np.isinf(difference(far, {"x": -far["x"], "y": -far["y"]})["x"]).all()
+    assert np.isinf(moved(far, {"x": np.zeros(2, np.float32), "y": np.array([6e4], np.float32)})["y"]).all()

@@ -130,7 +130,14 @@ def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 def schema_of(arrays: Mapping[str, NDArray[Any]]) -> Schema:
     """Return the schema of the differences between models with these arrays."""
-    return Schema.of(difference(arrays, arrays))
+    kinds = {
+        name: np.dtype(np.float32) if array.dtype.name in FLOATS else array.dtype
+        for name, array in arrays.items()
+    }
+    # Of each only shape and dtype count: one zero, spread, takes no memory.
+    return Schema.of(
+        {name: np.broadcast_to(kind.type(0), arrays[name].shape) for name, kind in kinds.items()}
+    )
 
 
 def difference(new: Mapping[str, NDArray[Any]], old: Mapping[str, NDArray[Any]]) -> Update:
@@ -149,7 +156,8 @@ def difference(new: Mapping[str, NDArray[Any]], old: Mapping[str, NDArray[Any]])
                 f"Expected {name} as {before.dtype}{list(before.shape)}, got {after.dtype}{list(after.shape)}."
             )
         if before.dtype.name in FLOATS:
-            update[name] = np.asarray(np.subtract(after, before, dtype=np.float32, casting="unsafe"))
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by codecs
+                update[name] = np.asarray(np.subtract(after, before, dtype=np.float32, casting="unsafe"))
         else:
             update[name] = np.asarray(after ^ before if before.dtype == np.bool_ else after - before)
     return update
@@ -160,7 +168,8 @@ def moved(old: Mapping[str, NDArray[Any]], update: Update) -> Arrays:
     new = {}
     for name, before in old.items():
         if before.dtype.name in FLOATS:
-            new[name] = np.asarray(np.add(before, update[name], dtype=before.dtype, casting="unsafe"))
+            with np.errstate(over="ignore", invalid="ignore"):  # and by the server
+                new[name] = np.asarray(np.add(before, update[name], dtype=before.dtype, casting="unsafe"))
         else:
             new[name] = np.asarray(
                 before ^ update[name] if before.dtype == np.bool_ else before + update[name]

@@ -186,9 +186,8 @@ class CodecStrategy(Strategy):
         self._close(missing=True)
         if not taken:
             return None, None
-        ordered = sorted(
-            taken, key=lambda node: self.known[node].name
-        )  # sums of floats depend on their order
+        # Sums of floats depend on their order.
+        ordered = sorted(taken, key=lambda node: self.known[node].name)
         arrays, metrics = self.inner.aggregate_train(server_round, [taken[node][0] for node in ordered])
         if arrays is not None:
             arrays = record_of(restored(arrays_of(arrays), self.download.weights))
