@@ -26,14 +26,20 @@ BELOW = {
 }
 
 
-def imported(path: Path) -> set[str]:
-    """Return the rooms that a file imports, wherever in it."""
-    rooms = set()
+def modules(path: Path) -> set[str]:
+    """Return the modules that a file imports, wherever in it."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        rooms |= {name.split(".")[1] for name in names if name.startswith("privet.")}
-    return rooms & BELOW.keys()
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Return the rooms that a file imports."""
+    return {name.split(".")[1] for name in modules(path) if name.startswith("privet.")} & BELOW.keys()
 
 
 def test_every_room_is_known() -> None:
@@ -44,3 +50,9 @@ def test_every_room_is_known() -> None:
 def test_imports_run_downwards(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         assert imported(path) <= BELOW[room] | {room}, path
+
+
+def test_one_folder_knows_flower() -> None:
+    for path in ROOT.rglob("*.py"):
+        if not path.is_relative_to(ROOT / "federation" / "flower"):
+            assert not any(name.split(".")[0] == "flwr" for name in modules(path)), path

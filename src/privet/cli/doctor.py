@@ -15,6 +15,7 @@ from privet.errors import OK, MissingExtraError
 
 EXTRAS = {
     "timm": ("timm", "networks by timm's names"),
+    "flwr": ("federation", "federated learning on Flower"),
     "numba": ("federation", "compiled codecs of federated updates"),
     "cryptography": ("licensing", "signed releases and licences"),
     "sklearn": ("demo", "the demonstration's images"),
