@@ -68,6 +68,8 @@ def rows(rounds: int, hundredth: str) -> dict[str, dict[str, Any]]:
         "DHQ 1 %": {},
         "STC, a hundredth of the bytes": {"codec": "stc", "download": "stc", **budgets},
         "DHQ, a hundredth of the bytes": budgets,
+        "STC, a hundredth up, whole models down": {"codec": "stc", "download": "none", **budgets},
+        "DHQ, a hundredth up, whole models down": {"download": "none", **budgets},
         "DHQ, a hundredth, uniform levels": {**uniform, **budgets},
         **sampling(rounds, budgets),
     }
