@@ -91,7 +91,15 @@ def sampling(rounds: int, budgets: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 SMALL = Plan(
-    rounds=200, clients=50, alpha=0.3, fraction=0.2, local_epochs=1, batch_size=32, learning_rate=0.05
+    rounds=200,
+    clients=50,
+    alpha=0.3,
+    codec="dhq",
+    download="dhq",
+    fraction=0.2,
+    local_epochs=1,
+    batch_size=32,
+    learning_rate=0.05,
 )
 PAPER = replace(SMALL, architecture="resnet18", rounds=400)
 TABLES = {

@@ -126,7 +126,7 @@ def test_recorded_updates_are_attacked(
     (record,) = (out / "updates").iterdir()
     update = load_update(record)
     assert update.kind == "delta" and update.treatment.sparse and update.local_steps == 1
-    assert update.images == 30 and update.notes == {"round": 2, "codec": "dhq", "budget": "1%"}
+    assert update.images == 30 and update.notes == {"round": 2, "codec": "dhq-deadzone", "budget": "1%"}
     zero = sum(int((value == 0).sum()) for value in update.values.values())
     assert 0.5 < zero / sum(value.numel() for value in update.values.values()) < 1
     given = ["invert", str(record), "--method", "ig", "--set", "steps=2", "--out", str(tmp_path / "found")]

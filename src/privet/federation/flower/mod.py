@@ -27,11 +27,14 @@ from privet.federation.flower.link import (
 )
 from privet.federation.law import law
 from privet.federation.message import read
+from privet.federation.quantise import DeadZone
 from privet.federation.state import SenderState
 from privet.seeds import derive
 
 MODEL, SENDER, VERSION = "privet.model", "privet.sender", "privet.version"  # in the node's state
 FAILED = 6  # Flower's code for a mod that cannot go on
+# Of DHQ's levels uniform ones brought federations furthest, byte for byte (benchmarks/results/federate-small.md).
+USUAL = DHQ(quantiser=DeadZone())
 NEED_MODEL = "privet: this node needs the whole model"
 
 
@@ -46,14 +49,14 @@ class CodecMod:
     A server without `CodecStrategy` gets whole models, as if this mod were not there.
 
     Args:
-        codec: for what is sent; None sends whole models, for comparison.
+        codec: for what is sent, usually DHQ with uniform levels; None sends whole models, for comparison.
         budget: "1%" of the values, "64KiB" in all, or None for the codec's usual size.
 
     Raises:
         UsageError: a budget that this codec does not have.
     """
 
-    def __init__(self, codec: Codec | None = DHQ(), *, budget: str | None = None) -> None:  # noqa: B008
+    def __init__(self, codec: Codec | None = USUAL, *, budget: str | None = None) -> None:
         self.codec = codec
         self.budget = None if codec is None else codec.allow(budget)
 

@@ -71,9 +71,9 @@ class Plan:
     alpha: float = 0.3
     rounds: int = 100
     strategy: str = "fedavg"
-    codec: str = "dhq"
+    codec: str = "dhq-deadzone"
     budget: str = "1%"
-    download: str = "dhq"
+    download: str = "dhq-deadzone"
     download_budget: str = "1%"
     sampler: str = "cyclic"
     schedule: str = "static"

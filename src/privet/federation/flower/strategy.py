@@ -14,7 +14,6 @@ from flwr.serverapp.strategy import Strategy
 
 from privet.errors import CodecError, UsageError
 from privet.federation.base import Codec
-from privet.federation.dhq import DHQ
 from privet.federation.flower.download import Download
 from privet.federation.flower.grids import Shown
 from privet.federation.flower.link import (
@@ -33,7 +32,7 @@ from privet.federation.flower.link import (
     unpack,
     wire_bytes,
 )
-from privet.federation.flower.mod import NEED_MODEL
+from privet.federation.flower.mod import NEED_MODEL, USUAL
 from privet.federation.law import Law
 from privet.federation.message import read
 from privet.federation.sampling import Sampler
@@ -110,7 +109,7 @@ class CodecStrategy(Strategy):
         self,
         inner: Strategy,
         *,
-        codec: Codec | None = DHQ(),  # noqa: B008
+        codec: Codec | None = USUAL,
         budget: str | None = None,
         sampler: Sampler | None = None,
         nodes: int = 2,
