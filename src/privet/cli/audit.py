@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App
-from rich import print as say
 from rich.markup import escape
 
 from privet.cli.leakage import leakage
 from privet.cli.options import MACHINE, Machine
-from privet.cli.screen import progress
+from privet.cli.screen import progress, say
 from privet.errors import OK
 
 audit = App(

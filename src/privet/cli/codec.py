@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App
-from rich import print as say
 from rich.markup import escape
 
+from privet.cli.screen import say
 from privet.errors import OK, InputError
 
 codec = App(name="codec", help="Look into the messages of federated learning.")

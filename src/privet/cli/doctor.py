@@ -8,9 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from rich import print as say
 from rich.markup import escape
 
+from privet.cli.screen import say
 from privet.errors import OK, MissingExtraError
 
 EXTRAS = {

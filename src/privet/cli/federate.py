@@ -6,11 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rich import print as say
 from rich.markup import escape
 
 from privet.cli.options import MACHINE, Machine
-from privet.cli.screen import progress
+from privet.cli.screen import progress, say
 from privet.errors import OK
 
 

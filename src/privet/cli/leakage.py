@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich import print as say
 from rich.markup import escape
 
 from privet.cli.invert import create_inversion, open_clients, open_gallery
-from privet.cli.screen import progress
+from privet.cli.screen import progress, say
 from privet.errors import OK, OVER_LIMIT, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import print as say
 from rich.markup import escape
 
 from privet.cli.options import MACHINE, Machine
-from privet.cli.screen import progress
+from privet.cli.screen import progress, say
 from privet.errors import OK
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
-from rich import print as say
 from rich.markup import escape
 
 from privet.cli.options import FILES, MACHINE, Files, Machine
-from privet.cli.screen import progress
+from privet.cli.screen import progress, say
 from privet.errors import OK, InputError, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cyclopts import App
-from rich import print as say
 from rich.markup import escape
 
 from privet.cli.options import MACHINE, Machine
-from privet.cli.screen import progress
+from privet.cli.screen import progress, say
 from privet.errors import OK
 
 prior = App(name="prior", help="Train the diffusion prior that recoveries denoise with, or describe one.")

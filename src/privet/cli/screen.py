@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich import print as say
+from rich import get_console
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -26,6 +26,11 @@ LINE_SECONDS = 15.0  # between lines where there is no terminal
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(_each_second(task.speed) if task.speed else "", style="cyan")
+
+
+def say(text: str) -> None:
+    """Print a line; a terminal may wrap it, but a path in it can still be copied whole."""
+    get_console().print(text, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import print as say
 from rich.markup import escape
 
+from privet.cli.screen import say
 from privet.errors import OK, UsageError
 
 
