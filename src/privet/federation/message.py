@@ -32,8 +32,17 @@ def decode(blob: bytes, schema: Schema) -> Update:
     Raises:
         CodecError: the message is damaged, malformed, or of another model.
     """
-    _, decoded, plain = read(blob, schema)
-    return schema.unflatten(decoded.dense(schema.size), plain)
+    return decode_headed(blob, schema)[1]
+
+
+def decode_headed(blob: bytes, schema: Schema) -> tuple[Header, Update]:
+    """Return a message's header and its update, on the terms of `decode`.
+
+    Raises:
+        CodecError: as for `decode`.
+    """
+    header, decoded, plain = read(blob, schema)
+    return header, schema.unflatten(decoded.dense(schema.size), plain)
 
 
 def read(blob: bytes, schema: Schema) -> tuple[Header, Decoded, Update]:

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord
 from privet.federation.base import Codec
 from privet.federation.budget import Budget
 from privet.federation.flower.link import Arrays, difference, moved, pack, record_of, schema_of
-from privet.federation.message import read
+from privet.federation.message import decode
 from privet.federation.state import SenderState
 
 HISTORY = 16  # differences that are kept; a node that missed more gets the whole model
@@ -56,8 +56,7 @@ class Download:
             blob = self.codec.encode(
                 difference(weights, self.visible), schema=schema, budget=self.budget, state=sender
             )
-            _, decoded, plain = read(blob, schema)
-            self.visible = moved(self.visible, schema.unflatten(decoded.dense(schema.size), plain))
+            self.visible = moved(self.visible, decode(blob, schema))
             self.blobs[self.version] = blob
             self.version += 1
             self.blobs.pop(self.version - HISTORY - 1, None)

@@ -26,7 +26,7 @@ from privet.federation.flower.link import (
     unpack,
 )
 from privet.federation.law import law
-from privet.federation.message import read
+from privet.federation.message import decode_headed
 from privet.federation.quantise import DeadZone
 from privet.federation.state import SenderState
 from privet.seeds import derive
@@ -127,10 +127,10 @@ def _receive(record: ArrayRecord, request: Request, state: RecordDict) -> Arrays
         schema = schema_of(model)
         for version, blob in enumerate(blobs, request.start):
             if version >= held:
-                header, decoded, plain = read(blob, schema)
+                header, update = decode_headed(blob, schema)
                 if header.base != version:
                     raise CodecError(NEED_MODEL)
-                model = moved(model, schema.unflatten(decoded.dense(schema.size), plain))
+                model = moved(model, update)
     else:
         model = arrays_of(record)
     state[MODEL] = record_of(model)

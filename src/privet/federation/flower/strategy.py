@@ -34,7 +34,7 @@ from privet.federation.flower.link import (
 )
 from privet.federation.flower.mod import NEED_MODEL, USUAL
 from privet.federation.law import Law
-from privet.federation.message import read
+from privet.federation.message import decode_headed
 from privet.federation.sampling import Sampler
 from privet.federation.schema import Update, finite
 
@@ -289,13 +289,12 @@ class CodecStrategy(Strategy):
             blobs = unpack(record)
             if len(blobs) != 1:
                 raise CodecError(f"Expected one message of a codec, got {len(blobs)}.")
-            header, decoded, plain = read(blobs[0], schema)
+            header, update = decode_headed(blobs[0], schema)
             if (header.round, header.base) != (server_round, self.download.version):
                 raise CodecError(
                     f"Expected an update of round {server_round} to version {self.download.version}, got one of "
                     f"round {header.round} to version {header.base}."
                 )
-            update = schema.unflatten(decoded.dense(schema.size), plain)
         else:
             update = difference(arrays_of(record), visible)
         arrays = moved(self.download.weights, update)
