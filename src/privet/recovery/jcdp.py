@@ -10,7 +10,6 @@ from torch import Tensor
 from privet.images.image_set import ImageSet
 from privet.learning.chunks import Change
 from privet.learning.job import Job
-from privet.learning.pieces import in_pieces
 from privet.recovery.diffusion import (
     DiffusionRecovery,
     Guide,
@@ -86,12 +85,9 @@ class JCDP(DiffusionRecovery):
             if time > self.handover:
                 gradient = 2 / values * (noisy - anchor)
             else:
-                gradient = in_pieces(perceive, noisy, anchor, size=16)
+                gradient = perceptual_gradient(prior.model, noisy, anchor, job)
             shifted: Tensor = gradient * (-strength / BATCH)
             return shifted
-
-        def perceive(noisy: Tensor, anchor: Tensor) -> Tensor:
-            return perceptual_gradient(prior.model, noisy, anchor, job)
 
         return shift
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.learning.job import Job
+from privet.learning.pieces import in_pieces
 
 
 def perceptual_gradient(model: nn.Module, one: Tensor, other: Tensor, job: Job) -> Tensor:
@@ -18,15 +19,19 @@ def perceptual_gradient(model: nn.Module, one: Tensor, other: Tensor, job: Job) 
     The distance is that of LPIPS without learned weights: features are normalised at each place, their squared
     differences summed over channels, and averaged over places; the layers are added.
     """
-    with torch.no_grad():
-        aims = features(model, other, job)
-    one = one.detach().requires_grad_()
-    with torch.enable_grad():
-        total = torch.zeros((), device=one.device)
-        for found, aim in zip(features(model, one, job), aims, strict=True):
-            difference = F.normalize(found.float(), dim=1) - F.normalize(aim.float(), dim=1)
-            total = total + difference.square().sum(1).mean((1, 2)).sum()
-        return torch.autograd.grad(total, one)[0]
+
+    def gradient(one: Tensor, other: Tensor) -> Tensor:
+        with torch.no_grad():
+            aims = features(model, other, job)
+        one = one.detach().requires_grad_()
+        with torch.enable_grad():
+            total = torch.zeros((), device=one.device)
+            for found, aim in zip(features(model, one, job), aims, strict=True):
+                difference = F.normalize(found.float(), dim=1) - F.normalize(aim.float(), dim=1)
+                total = total + difference.square().sum(1).mean((1, 2)).sum()
+            return torch.autograd.grad(total, one)[0]
+
+    return in_pieces(gradient, one, other, size=16)
 
 
 def features(model: Any, x: Tensor, job: Job) -> Sequence[Tensor]:

@@ -11,7 +11,6 @@ from privet.errors import UsageError
 from privet.images.image_set import ImageSet
 from privet.learning.chunks import Change
 from privet.learning.job import Job
-from privet.learning.pieces import in_pieces
 from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit
 from privet.recovery.perceptual import perceptual_gradient
 from privet.recovery.prior import Prior
@@ -73,11 +72,7 @@ class Purify(DiffusionRecovery):
 
     def _downhill(self, prior: Prior, clean: Tensor, x: Tensor, job: Job) -> Tensor:
         """Return the perceptual gradient, as long as the way to the protected image."""
-
-        def perceive(one: Tensor, other: Tensor) -> Tensor:
-            return perceptual_gradient(prior.model, one, other, job)
-
-        gradient = in_pieces(perceive, clean, x, size=16)
+        gradient = perceptual_gradient(prior.model, clean, x, job)
         way, slope = ((one.flatten(1).norm(dim=1)) for one in (x - clean, gradient))
         step: Tensor = gradient * (way / slope.clamp(min=1e-12)).view(-1, 1, 1, 1)
         return step
