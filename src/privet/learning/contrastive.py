@@ -11,7 +11,7 @@ authors of contrastive poisoning (arXiv 2202.11202) fit it to clean images inste
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from privet.images.contrastive_views import ContrastiveViews
 from privet.images.image_set import ImageSet
 from privet.learning.attack import ascend, frozen
-from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.probe import probe, with_probe
 from privet.learning.runtime import Runtime
-from privet.learning.train import Epoch, Learned, Learner, accuracy, make_optimizer, schedule
-from privet.models import create_model, family, load_backbone
+from privet.learning.train import Epoch, Learned, Learner, accuracy, begin, keep, schedule
+from privet.models import family
 from privet.models.projection import other_head
 from privet.progress import Progress, silent
-from privet.seeds import derive, generator
+from privet.seeds import generator
 
 TEMPERATURE = 0.5
 
@@ -111,17 +110,9 @@ def learn_contrastive(
     processes each compares the views of its own share of a batch.
     """
     learner = usual(learner, len(train))
-    model = create_model(
-        learner.architecture, classes=train.classes, size=train.size, seed=derive(seed, "weights")
-    )
-    if learner.weights is not None:
-        load_backbone(learner.weights, model)
-    model = runtime.place(model)
-    optimizer, rate = make_optimizer(model, learner)
-    history: list[Epoch] = []
-    if checkpoint is not None and (state := load_checkpoint(checkpoint, model=model, optimizer=optimizer)):
-        history = [Epoch(**epoch) for epoch in state[1]["history"]]
+    model, optimizer, rate, history = begin(train, learner, runtime=runtime, seed=seed, checkpoint=checkpoint)
     trained = runtime.distribute(model)
+    layer: nn.Linear | None = None
 
     pixels, augmentation = runtime.hold(train.pixels), ContrastiveViews(learner.flip)
     batch = learner.batch_size
@@ -151,10 +142,9 @@ def learn_contrastive(
             clean = accuracy(model, test, runtime=runtime)
         loss = loss if math.isfinite(loss) else 1e30
         history.append(Epoch(epoch=epoch + 1, loss=loss, train_accuracy=own, accuracy=clean))
-        if checkpoint is not None and runtime.rank == 0:
-            record = {"history": [asdict(line) for line in history]}
-            save_checkpoint(checkpoint, model=model, optimizer=optimizer, record=record)
-    layer, _ = probe(model, train, runtime=runtime)
+        keep(checkpoint, model, optimizer, history, runtime=runtime)
+    if layer is None:  # every epoch was over before
+        layer, _ = probe(model, train, runtime=runtime)
     return Learned(model=with_probe(model, layer).eval(), history=tuple(history))
 
 

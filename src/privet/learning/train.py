@@ -7,6 +7,7 @@ waits for images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -155,16 +156,7 @@ def learn(
         return learn_contrastive(
             train, test, learner, runtime=runtime, seed=seed, checkpoint=checkpoint, progress=progress
         )
-    model = create_model(
-        learner.architecture, classes=train.classes, size=train.size, seed=derive(seed, "weights")
-    )
-    if learner.weights is not None:
-        load_backbone(learner.weights, model)
-    model = runtime.place(model)
-    optimizer, rate = make_optimizer(model, learner)
-    history: list[Epoch] = []
-    if checkpoint is not None and (state := load_checkpoint(checkpoint, model=model, optimizer=optimizer)):
-        history = [Epoch(**epoch) for epoch in state[1]["history"]]
+    model, optimizer, rate, history = begin(train, learner, runtime=runtime, seed=seed, checkpoint=checkpoint)
     trained = runtime.distribute(model)
 
     pixels, labels = runtime.hold(train.pixels), runtime.hold(train.labels)
@@ -215,14 +207,39 @@ def learn(
                 accuracy=accuracy(model, test, runtime=runtime),
             )
         )
-        if checkpoint is not None and runtime.rank == 0:
-            save_checkpoint(
-                checkpoint,
-                model=model,
-                optimizer=optimizer,
-                record={"history": [asdict(line) for line in history]},
-            )
+        keep(checkpoint, model, optimizer, history, runtime=runtime)
     return Learned(model=model.eval(), history=tuple(history))
+
+
+def begin(
+    train: ImageSet, learner: Learner, *, runtime: Runtime, seed: int, checkpoint: Path | None
+) -> tuple[nn.Module, torch.optim.Optimizer, float, list[Epoch]]:
+    """Return a learner's network, its optimiser, its highest rate and its history, as `keep` left them if it did."""
+    model = create_model(
+        learner.architecture, classes=train.classes, size=train.size, seed=derive(seed, "weights")
+    )
+    if learner.weights is not None:
+        load_backbone(learner.weights, model)
+    model = runtime.place(model)
+    optimizer, rate = make_optimizer(model, learner)
+    history: list[Epoch] = []
+    if checkpoint is not None and (state := load_checkpoint(checkpoint, model=model, optimizer=optimizer)):
+        history = [Epoch(**epoch) for epoch in state[1]["history"]]
+    return model, optimizer, rate, history
+
+
+def keep(
+    checkpoint: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: Sequence[Epoch],
+    *,
+    runtime: Runtime,
+) -> None:
+    """Write what `begin` goes on from, if there is a file for it."""
+    if checkpoint is not None and runtime.rank == 0:
+        record = {"history": [asdict(line) for line in history]}
+        save_checkpoint(checkpoint, model=model, optimizer=optimizer, record=record)
 
 
 @torch.no_grad()
