@@ -24,6 +24,7 @@ from privet.leakage.victims import Victim, simulate
 from privet.learning import Runtime
 from privet.learning.confidence import clopper_pearson
 from privet.learning.runtime import describe_device
+from privet.learning.update import short
 from privet.progress import Progress, silent
 from privet.version import VERSION
 
@@ -152,7 +153,7 @@ def audit_leakage(
 def layers_of(model: nn.Module) -> list[str]:
     """Return the layers that map their input linearly, by their names in records, first to last."""
     return [
-        name.removeprefix("network.")
+        short(name)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     ]
