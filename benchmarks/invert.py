@@ -39,7 +39,7 @@ from privet.learning import Runtime, Update
 from privet.learning.confidence import clopper_pearson
 from privet.learning.update import short
 from privet.models import create_model
-from protect import RESULTS, hardware
+from protect import RESULTS, hardware, machines
 
 TARGETS = ("lenet-strided-sigmoid", "lenet-sigmoid")
 DEFENCES = ("topk-90", "topk-99", "int8", "int4", "int3", "gaussian-0.01", "gaussian-0.1")
@@ -190,13 +190,12 @@ def markdown(lines: Sequence[dict[str, Any]], images: ImageSet, data: Path) -> s
         f"{name} {statistics.median(psnr(other, private).tolist()):.1f} dB"
         for name, other in baselines(private, public).items()
     )
-    machines = sorted({f"{one['hardware']['device']}, torch {one['hardware']['torch']}" for one in lines})
     text += [
         "",
         f"Recovered: at least {SUCCESS.psnr:g} dB, or SSIM of at least {SUCCESS.ssim:g}; set before the runs.",
     ]
     text += ["", f"Baselines, median over these images: {drawn} (public: 5,000 training images)."]
-    text += ["", f"Measured on: {'; '.join(machines) or 'nothing yet'}."]
+    text += ["", machines(lines)]
     return "\n".join(text) + "\n"
 
 

@@ -34,7 +34,7 @@ from privet.models import KeyedStem, create_model
 from privet.protection import UGE, publish
 from privet.recovery import create_recovery
 from privet.seeds import generator
-from protect import Lines, hardware
+from protect import Lines, hardware, machines, outcome
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -88,10 +88,7 @@ class Bench:
         learned = learn(train, test, learner, runtime=self.runtime, seed=cell.seed, progress=Lines())
         return {
             "cell": asdict(cell),
-            "last": learned.accuracy,
-            "best": learned.best.accuracy,
-            "best_epoch": learned.best.epoch,
-            "train_accuracy": learned.history[-1].train_accuracy,
+            **outcome(learned),
             "epochs": learner.epochs,
             "protection": None if cell.who in UNTOUCHED else self.method.settings(),
             "images": len(train),
@@ -308,12 +305,11 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
     for (who, architecture), last in grouped(lines, "last").items():
         place = (who, architecture)
         text.append(f"| {who} | {architecture} | {last:.1f} | {best[place]:.1f} | {seeds[place]} |")
-    machines = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
     text += [
         "",
         "Accuracy on clean test images in %, mean over the seeds of learners; one seed and key of the noise.",
     ]
-    text += ["", verdict(lines), "", f"Measured on: {'; '.join(machines) or 'nothing yet'}."]
+    text += ["", verdict(lines), "", machines(lines)]
     return "\n".join(text) + "\n"
 
 

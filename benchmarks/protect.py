@@ -27,7 +27,7 @@ import torch
 import privet
 from privet.files import append_line, read_lines, write_bytes
 from privet.images import ImageSet, align, open_images
-from privet.learning import Learner, Runtime, learn
+from privet.learning import Learned, Learner, Runtime, learn
 from privet.learning.runtime import describe_device
 from privet.progress import Progress, silent
 from privet.protection import METHODS, publish
@@ -143,6 +143,22 @@ def hardware(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
+def machines(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the last line of a table: on what its figures were measured."""
+    found = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
+    return f"Measured on: {'; '.join(found) or 'nothing yet'}."
+
+
+def outcome(learned: Learned) -> dict[str, Any]:
+    """Return what came of a learner, for its line."""
+    return {
+        "last": learned.accuracy,
+        "best": learned.best.accuracy,
+        "best_epoch": learned.best.epoch,
+        "train_accuracy": learned.history[-1].train_accuracy,
+    }
+
+
 class Bench:
     """Makes protected files and trains learners on them, in one process."""
 
@@ -198,10 +214,7 @@ class Bench:
         checkpoint.unlink(missing_ok=True)
         return {
             "cell": asdict(cell),
-            "last": learned.accuracy,
-            "best": learned.best.accuracy,
-            "best_epoch": learned.best.epoch,
-            "train_accuracy": learned.history[-1].train_accuracy,
+            **outcome(learned),
             "seconds": round(time.perf_counter() - started, 1),
             "noise_seconds": None if noise_seconds is None else round(noise_seconds, 1),
             "images": len(images),
@@ -293,9 +306,8 @@ def markdown(name: str, lines: Sequence[dict[str, Any]]) -> str:
     for protection in table.protections:
         row = [entry(found.get((protection, *column))) for column in columns]
         text.append(f"| {protection} | " + " | ".join(row) + " |")
-    machines = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
     text += ["", "Last-epoch accuracy on clean test images in %, mean ± standard deviation (seeds)."]
-    text += ["", f"Measured on: {'; '.join(machines) or 'nothing yet'}."]
+    text += ["", machines(lines)]
     return "\n".join(text) + "\n"
 
 

@@ -32,7 +32,7 @@ from privet.learning import Job, Learner, Runtime, learn
 from privet.protection import METHODS, publish
 from privet.recovery import JCDP, PriorTraining, Purify, create_recovery, restore, train_prior
 from privet.recovery.base import Recovery
-from protect import Lines, entry, hardware
+from protect import Lines, entry, hardware, machines
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -197,15 +197,11 @@ class Bench:
         if recovery.adapt(self.table.learner) != self.table.learner or name == "none":
             return images, None
         out = self.work / f"{self.kind}-{protection}-0-{name.replace(' ', '-')}"
-        seconds, note = None, out.with_suffix(".seconds")
-        if not out.exists():
-            started = time.perf_counter()
-            restore(images, recovery, out, runtime=self.runtime)
-            note.write_text(f"{time.perf_counter() - started:.2f}")
+        note, fresh, started = out.with_suffix(".seconds"), not out.exists(), time.perf_counter()
         restore(images, recovery, out, runtime=self.runtime)
-        if note.exists():
-            seconds = float(note.read_text())
-        return self._read(out), seconds
+        if fresh:  # what goes on after an interruption is not timed
+            note.write_text(f"{time.perf_counter() - started:.2f}")
+        return self._read(out), float(note.read_text()) if note.exists() else None
 
     def recovery(self, name: str) -> Recovery:
         """Return a recovery, or ours with a variant's settings."""
@@ -323,9 +319,8 @@ def markdown(name: str, lines: Sequence[dict[str, Any]]) -> str:
         mean = sum(sum(one) / len(one) for one in means if one) / len(means) if all(means) else None
         row.append("not measured" if mean is None else f"{mean:.1f}")
         text.append(f"| {recovery} | " + " | ".join(row) + " |")
-    machines = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
     text += ["", "Last-epoch accuracy on clean test images in %, mean ± standard deviation (seeds)."]
-    text += ["", f"Measured on: {'; '.join(machines) or 'nothing yet'}."]
+    text += ["", machines(lines)]
     return "\n".join(text) + "\n"
 
 

@@ -34,7 +34,7 @@ from privet.models.projection import PREFIX, other_head
 from privet.protection import METHODS, publish
 from privet.recovery import create_recovery
 from privet.seeds import derive
-from protect import HERE, RESULTS, Lines, entry, hardware
+from protect import HERE, RESULTS, Lines, entry, hardware, machines, outcome
 
 Settings = dict[str, Any]
 
@@ -174,10 +174,7 @@ class Bench:
         checkpoint.unlink(missing_ok=True)
         return {
             "cell": asdict(cell),
-            "last": learned.accuracy,
-            "best": learned.best.accuracy,
-            "best_epoch": learned.best.epoch,
-            "train_accuracy": learned.history[-1].train_accuracy,
+            **outcome(learned),
             "clean_probe": self.probed(learned.model, recovery.present(self.clean), test)
             if contrastive
             else None,
@@ -249,10 +246,9 @@ def markdown(lines: list[dict[str, Any]], floors: list[float]) -> str:
     for row in rows:
         fields = [entry(found.get((*row, learner, key))) for learner, key, _ in columns]
         text.append(f"| {row[0]} | {row[1]} | " + " | ".join(fields) + " |")
-    machines = sorted({f"{line['hardware']['device']}, torch {line['hardware']['torch']}" for line in lines})
     text += ["", "Last-epoch accuracy on clean test images in %, mean ± standard deviation (seeds)."]
     text += ["", f"A probe on random features reaches {entry(floors)}."]
-    text += ["", f"Measured on: {'; '.join(machines) or 'nothing yet'}."]
+    text += ["", machines(lines)]
     return "\n".join(text) + "\n"
 
 
