@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.markup import escape
 
+from privet.cli.options import CLIENTS, JUDGEMENT, Clients, Judgement
 from privet.cli.screen import progress, say
-from privet.errors import OK, InputError, UsageError
+from privet.errors import OK, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from torch import nn
-
-    from privet.images import ImageSet
     from privet.leakage import Inversion
-    from privet.leakage.identify import Gallery
     from privet.leakage.victims import Victim
-    from privet.learning import Runtime
 
 
 def invert(
@@ -30,26 +26,14 @@ def invert(
     preset: str = "default",
     budget: str = "default",
     set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
-    model: Path | None = None,
-    architecture: str | None = None,
     victims: int = 1,
-    batch_size: int = 1,
-    local_steps: int = 1,
-    learning_rate: float = 0.1,
-    labels_known: Annotated[bool, Parameter(negative="")] = False,
     defence: str | None = None,
     private: str | None = None,
-    public: str | None = None,
-    gallery: str | None = None,
-    embedder: str = "pixels",
-    psnr: float = 20.0,
-    ssim: float = 0.6,
-    identified: Annotated[bool, Parameter(negative="")] = False,
     hide: Annotated[bool, Parameter(negative="")] = False,
-    size: int | None = None,
-    split: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    clients: Clients = CLIENTS,
+    judgement: Judgement = JUDGEMENT,
 ) -> int:
     """Attack what clients sent, and see whether their images and labels come out.
 
@@ -70,51 +54,24 @@ def invert(
         default, or long: ten times the steps.
     set
         Change a setting of the method, as NAME=VALUE; may be repeated.
-    model
-        For images: the network of the clients, as 'privet learn' saved it.
-    architecture
-        For images, in place of a model: a network with fresh weights.
     victims
         For images: simulated clients.
-    batch_size
-        For images: private images of each client.
-    local_steps
-        For images: SGD steps of each client before it sends its change.
-    learning_rate
-        Of those.
-    labels_known
-        For images: the attacker is told the labels.
     defence
         For images: what clients do before they send: clip-NORM, gaussian-SIGMA, laplace-B, topk-PERCENT, int8,
         sign, or several joined by +.
     private
         For a record: its images, if you have them, to measure how much came out.
-    public
-        Images of the same kind that are not private, for the baselines.
-    gallery
-        Other photographs of the same people, in a folder for each, to see whether reconstructions are recognised.
-        The classes of the private images must be the same people.
-    embedder
-        What compares faces: pixels, or a file of 'privet learn', trained on a folder for each of other people.
-    psnr
-        An image counts as recovered from so many dB on,
-    ssim
-        or from this structural similarity on,
-    identified
-        or, with this, if the gallery names its person first.
     hide
         Leave the private images out of pairs.png.
-    size
-        Side in pixels of simulated clients' images.
-    split
-        Split of a hub data set or of a folder of Parquet files.
     seed
         Of the victims, the defence and the attack.
     device
         auto, cpu or cuda.
+    clients
+        For images: how clients are simulated.
+    judgement
+        What counts.
     """
-    from privet.images import open_images
-    from privet.leakage.measure import Success
     from privet.leakage.write import PICTURE, write_attack
     from privet.learning import Runtime
 
@@ -124,49 +81,22 @@ def invert(
         if (Path(source) / "update.json").exists():
             found = [_recorded(Path(source), private)]
         else:
-            found = _simulated(
-                source,
-                model=model,
-                architecture=architecture,
-                size=size,
-                split=split,
-                victims=victims,
-                batch_size=batch_size,
-                local_steps=local_steps,
-                learning_rate=learning_rate,
-                labels_known=labels_known,
-                defence=defence,
-                seed=seed,
-            )
-        others = None
-        if public is not None:
-            others = open_images(public, size=found[0].update.size).pixels.float() / 255
-        faces = None if gallery is None else open_gallery(gallery, embedder, found[0].update.size, here)
+            found = _simulated(source, clients, victims=victims, defence=defence, seed=seed)
         result = write_attack(
             out,
             found,
             inversion,
             runtime=here,
-            source={"source": source, "model": str(model or architecture), "defence": defence},
-            success=Success(psnr=psnr, ssim=ssim, identified=identified),
+            source={"source": source, "model": clients.network, "defence": defence},
+            success=judgement.success,
             seed=seed,
-            public=others,
-            gallery=faces,
+            **judgement.open(found[0].update.size, here),
             hide=hide,
             progress=listener,
         )
     _say(result)
     say(f"Pictures: {escape(str(out / PICTURE))}")
     return OK
-
-
-def open_gallery(source: str, embedder: str, size: tuple[int, int], runtime: Runtime) -> Gallery:
-    """Return the gallery of these photographs, with the embedder of this name or in this file."""
-    from privet.images import open_images
-    from privet.leakage import Embedder, Gallery
-
-    chosen = Embedder.pixels() if embedder == "pixels" else Embedder.load(Path(embedder), runtime)
-    return Gallery(photographs=open_images(source, size=size), embedder=chosen)
 
 
 def create_inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
@@ -200,54 +130,16 @@ def _recorded(folder: Path, private: str | None) -> Victim:
 
 
 def _simulated(
-    source: str,
-    *,
-    model: Path | None,
-    architecture: str | None,
-    size: int | None,
-    split: str | None,
-    defence: str | None,
-    seed: int,
-    **settings: Any,
+    source: str, clients: Clients, *, victims: int, defence: str | None, seed: int
 ) -> list[Victim]:
     from privet.leakage.defences import create_defence
     from privet.leakage.victims import simulate
 
     chosen = None if defence is None else create_defence(defence)
-    network, name, images = open_clients(
-        source, model=model, architecture=architecture, size=size, split=split, seed=seed
+    network, name, images = clients.open(source, seed=seed)
+    return simulate(
+        network, images, architecture=name, victims=victims, defence=chosen, seed=seed, **clients.settings
     )
-    return simulate(network, images, architecture=name, defence=chosen, seed=seed, **settings)
-
-
-def open_clients(
-    source: str,
-    *,
-    model: Path | None,
-    architecture: str | None,
-    size: int | None,
-    split: str | None,
-    seed: int,
-) -> tuple[nn.Module, str, ImageSet]:
-    """Return the network of simulated clients, in training mode, its architecture, and their images."""
-    from privet.images import align, open_images
-    from privet.models import create_model, load_model
-
-    if (model is None) == (architecture is None):
-        raise UsageError(
-            f"{source} is no record of an update, so clients are simulated: give either --model or --architecture."
-        )
-    if model is not None:
-        network, about = load_model(model)
-        images = align(open_images(source, size=about.size, split=split), about.class_names)
-        name = about.architecture
-    else:
-        images = open_images(source, size=size, split=split)
-        name = architecture or ""
-        network = create_model(name, classes=images.classes, size=images.size, seed=seed)
-    if not len(images):
-        raise InputError(f"{source} holds no images.")
-    return network.train(), name, images
 
 
 def _say(result: dict[str, Any]) -> None:

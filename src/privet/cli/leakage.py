@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.markup import escape
 
-from privet.cli.invert import create_inversion, open_clients, open_gallery
+from privet.cli.invert import create_inversion
+from privet.cli.options import CLIENTS, JUDGEMENT, Clients, Judgement
 from privet.cli.screen import progress, say
 from privet.errors import OK, OVER_LIMIT, UsageError
 
@@ -26,26 +27,14 @@ def leakage(
     defences: str = "none",
     budget: str = "default",
     set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
-    model: Path | None = None,
-    architecture: str | None = None,
     victims: int = 10,
-    batch_size: int = 1,
-    local_steps: int = 1,
-    learning_rate: float = 0.1,
-    labels_known: Annotated[bool, Parameter(negative="")] = False,
     layers: bool = True,
-    public: str | None = None,
-    gallery: str | None = None,
-    embedder: str = "pixels",
-    psnr: float = 20.0,
-    ssim: float = 0.6,
-    identified: Annotated[bool, Parameter(negative="")] = False,
     fail_above: float | None = None,
     hide: Annotated[bool, Parameter(negative="")] = False,
-    size: int | None = None,
-    split: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    clients: Clients = CLIENTS,
+    judgement: Judgement = JUDGEMENT,
 ) -> int:
     """Attack simulated clients with every method, against every defence, and say what came out.
 
@@ -67,51 +56,26 @@ def leakage(
         default, or long: ten times the steps.
     set
         Change a setting of all methods, as NAME=VALUE, or of one, as METHOD.NAME=VALUE; may be repeated.
-    model
-        The network of the clients, as 'privet learn' saved it.
-    architecture
-        In place of a model: a network with fresh weights.
     victims
         Simulated clients.
-    batch_size
-        Private images of each client.
-    local_steps
-        SGD steps of each client before it sends its change.
-    learning_rate
-        Of those.
-    labels_known
-        The attacker is told the labels.
     layers
         Whether single layers are attacked as well, by the first method; --no-layers for deep networks.
-    public
-        Images of the same kind that are not private, for the baselines.
-    gallery
-        Other photographs of the same people, in a folder for each, to see whether reconstructions are recognised.
-    embedder
-        What compares faces: pixels, or a file of 'privet learn', trained on a folder for each of other people.
-    psnr
-        An image counts as recovered from so many dB on,
-    ssim
-        or from this structural similarity on,
-    identified
-        or, with this, if the gallery names its person first.
     fail_above
         End with exit code 9 if the upper 95 % bound of the share of clients who lose an image exceeds this share under
         any of --defences.
     hide
         Leave the private images out of the page.
-    size
-        Side in pixels of the clients' images.
-    split
-        Split of a hub data set or of a folder of Parquet files.
     seed
         Of the victims, the defences and the attacks.
     device
         auto, cpu or cuda.
+    clients
+        How they are simulated.
+    judgement
+        What counts.
     """
-    from privet.audit import Clients, LeakagePlan, audit_leakage
-    from privet.images import open_images
-    from privet.leakage.measure import Success
+    from privet.audit import Clients as Simulated
+    from privet.audit import LeakagePlan, audit_leakage
     from privet.learning import Runtime
     from privet.report import write_leakage_report
 
@@ -122,21 +86,12 @@ def leakage(
         inversions=_inversions(_split(methods), budget, set or []),
         defences=_split(defences),
         layers=layers,
-        clients=Clients(
-            victims=victims,
-            batch_size=batch_size,
-            local_steps=local_steps,
-            learning_rate=learning_rate,
-            labels_known=labels_known,
-        ),
-        success=Success(psnr=psnr, ssim=ssim, identified=identified),
+        clients=Simulated(victims=victims, **clients.settings),
+        success=judgement.success,
         seed=seed,
     )
     with progress() as listener:
-        network, name, images = open_clients(
-            source, model=model, architecture=architecture, size=size, split=split, seed=seed
-        )
-        others = None if public is None else open_images(public, size=images.size).pixels.float() / 255
+        network, name, images = clients.open(source, seed=seed)
         found = audit_leakage(
             network,
             images,
@@ -144,9 +99,8 @@ def leakage(
             out=out,
             plan=plan,
             runtime=here,
-            source={"source": source, "model": str(model or architecture)},
-            public=others,
-            gallery=None if gallery is None else open_gallery(gallery, embedder, images.size, here),
+            source={"source": source, "model": clients.network},
+            **judgement.open(images.size, here),
             progress=listener,
             finished=_finished,
         )

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from privet.cli.screen import progress, written
-from privet.errors import OutputError
+from privet.errors import InputError, OutputError, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
+    from torch import nn
+
+    from privet.images import ImageSet
+    from privet.leakage.measure import Success
     from privet.learning import Publication, Runtime
 
 
@@ -116,4 +120,131 @@ class Files:
         return written(publication, what, rank=rank)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Clients that are simulated, to be attacked.
+
+    Parameters
+    ----------
+    model
+        The network of simulated clients, as 'privet learn' saved it.
+    architecture
+        In place of a model: a network with fresh weights.
+    batch_size
+        Private images of each client.
+    local_steps
+        SGD steps of each client before it sends its change.
+    learning_rate
+        Of those.
+    labels_known
+        The attacker is told the labels.
+    size
+        Side in pixels of the clients' images.
+    split
+        Split of a hub data set or of a folder of Parquet files.
+    """
+
+    model: Path | None = None
+    architecture: str | None = None
+    batch_size: int = 1
+    local_steps: int = 1
+    learning_rate: float = 0.1
+    labels_known: Annotated[bool, Parameter(negative="")] = False
+    size: int | None = None
+    split: str | None = None
+
+    @property
+    def network(self) -> str:
+        """The model or architecture, for a report."""
+        return str(self.model or self.architecture)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What each client does, as `simulate` takes it."""
+        return {
+            "batch_size": self.batch_size,
+            "local_steps": self.local_steps,
+            "learning_rate": self.learning_rate,
+            "labels_known": self.labels_known,
+        }
+
+    def open(self, source: str, *, seed: int) -> tuple[nn.Module, str, ImageSet]:
+        """Return their network, in training mode, its architecture, and their images.
+
+        Raises:
+            InputError: there are no images.
+            UsageError: neither a model nor an architecture is given, or both.
+        """
+        from privet.images import align, open_images
+        from privet.models import create_model, load_model
+
+        if (self.model is None) == (self.architecture is None):
+            raise UsageError(
+                f"{source} is no record of an update, so clients are simulated: give either --model or --architecture."
+            )
+        if self.model is not None:
+            network, about = load_model(self.model)
+            images = align(open_images(source, size=about.size, split=self.split), about.class_names)
+            name = about.architecture
+        else:
+            images = open_images(source, size=self.size, split=self.split)
+            name = self.architecture or ""
+            network = create_model(name, classes=images.classes, size=images.size, seed=seed)
+        if not len(images):
+            raise InputError(f"{source} holds no images.")
+        return network.train(), name, images
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What reconstructions are compared with, and which of them count.
+
+    Parameters
+    ----------
+    public
+        Images of the same kind that are not private, for the baselines.
+    gallery
+        Other photographs of the same people, in a folder for each, to see whether reconstructions are recognised.
+        The classes of the private images must be the same people.
+    embedder
+        What compares faces: pixels, or a file of 'privet learn', trained on a folder for each of other people.
+    psnr
+        An image counts as recovered from so many dB on,
+    ssim
+        or from this structural similarity on,
+    identified
+        or, with this, if the gallery names its person first.
+    """
+
+    public: str | None = None
+    gallery: str | None = None
+    embedder: str = "pixels"
+    psnr: float = 20.0
+    ssim: float = 0.6
+    identified: Annotated[bool, Parameter(negative="")] = False
+
+    @property
+    def success(self) -> Success:
+        """What counts as recovered."""
+        from privet.leakage.measure import Success
+
+        return Success(psnr=self.psnr, ssim=self.ssim, identified=self.identified)
+
+    def open(self, size: tuple[int, int], runtime: Runtime) -> dict[str, Any]:
+        """Return the public images and the gallery at this size, or None for either, as attacks take them."""
+        from privet.images import open_images
+        from privet.leakage import Embedder, Gallery
+
+        public = None if self.public is None else open_images(self.public, size=size).pixels.float() / 255
+        if self.gallery is None:
+            return {"public": public, "gallery": None}
+        pixels = self.embedder == "pixels"
+        chosen = Embedder.pixels() if pixels else Embedder.load(Path(self.embedder), runtime)
+        gallery = Gallery(photographs=open_images(self.gallery, size=size), embedder=chosen)
+        return {"public": public, "gallery": gallery}
+
+
 MACHINE, FILES = Machine(), Files()
+CLIENTS, JUDGEMENT = Clients(), Judgement()
