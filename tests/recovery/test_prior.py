@@ -232,7 +232,7 @@ class TestEvery:
 
     def test_times_the_prior_never_saw_are_refused(self, name: str, folder: Path, runtime: Runtime) -> None:
         method, _, _ = METHODS[name]
-        late = {"levels": (300,)} if name == "purify" else {"time": 300}
+        late = {"rounds": ((300, 20),)} if name == "purify" else {"time": 300}
         with pytest.raises(UsageError, match="trained for times below 250, and is asked for 300"):
             method(prior=str(folder), **late).recover(blobs(2), Job(runtime=runtime))  # type: ignore[arg-type]
 
@@ -251,6 +251,34 @@ def test_purify_with_an_exact_prior_gives_the_clean_image(
     assert int((protected.pixels.short() - near.short()).unique()) == 3
     pulled = Purify(prior="x", pull=0.5).recover(protected, job).pixels
     assert sorted((protected.pixels.short() - pulled.short()).unique().tolist()) == [4]
+
+
+def test_a_round_of_purify_goes_down_as_diffusers_ddim_does(folder: Path, runtime: Runtime) -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=True)
+    prior, images = load_prior(folder, runtime=runtime), blobs(2)
+    levels = (120, 80, 30)
+    found = Purify(prior=str(folder), rounds=(levels,)).recover(images, Job(runtime=runtime)).pixels
+    x = to_unit(images.pixels, runtime.device)
+    noise = ImageNoise(images.pixels, 0, runtime.device)
+    noisy = scheduler.add_noise(x, noise(), torch.tensor(levels[0]))
+    for level, after in zip(levels, (*levels[1:], None), strict=True):
+        # The scheduler steps evenly, so it is told how far each of ours goes.
+        scheduler.num_inference_steps = scheduler.config.num_train_timesteps
+        predicted = prior.noise(noisy, level, runtime=runtime)
+        if after is None:
+            noisy = scheduler.step(predicted, level, noisy).pred_original_sample
+        else:
+            scheduler.num_inference_steps = 1000 // (level - after)
+            noisy = scheduler.step(predicted, level, noisy, use_clipped_model_output=True).prev_sample
+    assert int((found.short() - to_pixels(noisy).short()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("rounds", [(), ((60,), ()), ((30, 60),), ((60, 60),)])
+def test_rounds_that_do_not_fall_are_refused(rounds: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(UsageError, match="purify"):
+        Purify(prior="x", rounds=rounds)
 
 
 def test_the_pull_of_jcdp_is_that_of_its_batch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from privet.errors import UsageError
 from privet.recovery.adversarial import AdversarialTraining
+from privet.recovery.auto import Auto
 from privet.recovery.avatar import AVATAR
 from privet.recovery.base import ImageRecovery, Nothing, Recovery
 from privet.recovery.chain import Chain
@@ -28,6 +29,7 @@ __all__ = [
     "JCDP",
     "JPEG",
     "AdversarialTraining",
+    "Auto",
     "BitDepth",
     "Blur",
     "Chain",
@@ -68,6 +70,8 @@ NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
     "adversarial": (AdversarialTraining, 0.01, 255),
 }
 WHOLE = ("jpeg", "bitdepth", "dvae")
+# Among which `auto` chooses; the last one where there is a prior.
+CANDIDATES = ("none", "jpeg-10", "projection", "projection+jpeg-50", "coin", "purify")
 
 
 def needs_prior(name: str) -> bool:
@@ -80,7 +84,7 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
 
     Args:
         name: the name.
-        prior: a folder or a model of the hub, for those that denoise with one.
+        prior: a folder or a model of the hub, for those that denoise with one; "auto" does without, or tries it too.
 
     Raises:
         UsageError: no such recovery, a number out of range, or no prior where one is needed.
@@ -88,6 +92,9 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
     parts = name.split("+")
     if len(parts) > 1:
         return Chain(tuple(create_recovery(part, prior=prior) for part in parts))
+    if name == "auto":
+        usable = (one for one in CANDIDATES if prior is not None or not needs_prior(one))
+        return Auto(tuple(create_recovery(one, prior=prior) for one in usable))
     if name in WITH_PRIOR:
         if prior is None:
             raise UsageError(
@@ -102,7 +109,7 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
         make, least, most = NUMBERED[kind]
         if least <= float(number) <= most:
             return make(float(number))
-    names = [*PLAIN, *WITH_PRIOR, *(f"{kind}-NUMBER" for kind in NUMBERED)]
+    names = [*PLAIN, *WITH_PRIOR, "auto", *(f"{kind}-NUMBER" for kind in NUMBERED)]
     raise UsageError(
         f"Unknown recovery {name!r}; expected one of {', '.join(names)} (quality 1 to 100, 1 to 7 bits, sigma in "
         "pixels, width 4 to 512, radius in 1/255), or several joined by +."

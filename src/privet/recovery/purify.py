@@ -18,24 +18,23 @@ from privet.recovery.prior import Prior
 
 @dataclass(frozen=True)
 class Purify(DiffusionRecovery):
-    """Diffuse and denoise in as few evaluations as levels.
+    """Noise the image and walk back in a few long steps, several times over.
 
-    At each level, from the noisiest down, the image is noised and the prior's one-step estimate of
-    what lies behind the noise takes its place. The walk of hundreds of small steps that JCDP and
-    AVATAR take in between is where a sampler makes details up; here there is nothing to make up, for
-    almost all of the image is still there. Noise depends on the image alone, so that a result does
-    not depend on what else is recovered.
+    Each round noises the image to its first level and goes down its levels without new noise (DDIM,
+    Song et al., arXiv 2010.02502), an evaluation each; the prior's estimate at the last is what the next round
+    noises. JCDP and AVATAR walk the same way in hundreds of small steps. Noise depends on the image
+    alone, so that a result does not depend on what else is recovered.
 
     Attributes:
-        levels: how noisy, of 1,000, one after the other; one evaluation each.
-        pull: share of the way back to the protected image after each level, from 0 to 1.
+        rounds: how noisy, of 1,000, at each evaluation of each round.
+        pull: share of the way back to the protected image after each round, from 0 to 1.
         perceptual: a step as long as this share of that way, but down the gradient of the perceptual distance
             (`perceptual_gradient`) to the protected image.
         ball: how far the result may lie from the protected image in any channel, in 1/255, or None;
             for protections with a known budget.
     """
 
-    levels: tuple[int, ...] = (60, 45, 30, 20)
+    rounds: tuple[tuple[int, ...], ...] = ((100, 50), (100, 50))
     pull: float = 0.0
     perceptual: float = 0.0
     ball: float | None = None
@@ -43,24 +42,31 @@ class Purify(DiffusionRecovery):
     name = "purify"
 
     def __post_init__(self) -> None:
-        if not self.levels or not 0 <= self.pull < 1 or not 0 <= self.perceptual <= 1:
+        if not self.rounds or not all(self.rounds) or not 0 <= self.pull < 1 or not 0 <= self.perceptual <= 1:
             raise UsageError(
-                "purify needs a level, and shares of 0 to 1 for pull and perceptual; got "
-                f"{self.levels}, {self.pull} and {self.perceptual}."
+                "purify needs a round with a level in each, and shares of 0 to 1 for pull and perceptual; got "
+                f"{self.rounds}, {self.pull} and {self.perceptual}."
             )
+        if any(tuple(sorted(set(levels), reverse=True)) != levels for levels in self.rounds):
+            raise UsageError(f"The levels of a round of purify must fall, got {self.rounds}.")
 
     def _change(self, images: ImageSet, job: Job) -> Change:
         runtime = job.runtime
-        prior = self._open(images, self.levels, job, evaluations=len(self.levels))
+        times = [level for levels in self.rounds for level in levels]
+        prior = self._open(images, times, job, evaluations=len(times))
 
         def change(index: Tensor, randomness: torch.Generator) -> Tensor:
             pixels = images.pixels[index]
             x = to_unit(pixels, runtime.device)
             noise = ImageNoise(pixels, job.seed, runtime.device)
             clean = x
-            for level in self.levels:
-                noisy = renoise(clean, noise(), float(prior.kept[level]))
-                clean = prior.clean(noisy, level, runtime=runtime)
+            for levels in self.rounds:
+                unseen = noise()
+                for level in levels:
+                    kept = float(prior.kept[level])
+                    noisy = renoise(clean, unseen, kept)
+                    clean = prior.clean(noisy, level, runtime=runtime)
+                    unseen = (noisy - kept**0.5 * clean) / (1 - kept) ** 0.5
                 clean = clean + self.pull * (x - clean)
                 if self.perceptual:
                     clean = clean - self.perceptual * self._downhill(prior, clean, x, job)

@@ -1,0 +1,88 @@
+"""Choosing a recovery by the protected images alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from privet.files import read_json, write_json
+from privet.images.image_set import ImageSet
+from privet.learning.job import Job
+from privet.learning.train import Learner, accuracy, learn
+from privet.recovery.base import Recovery
+from privet.seeds import generator
+
+HELD_OUT = 5  # every fifth image of the sample is not learned from
+LEARNER = Learner(architecture="resnet10-w16", epochs=10)
+
+
+@dataclass(frozen=True)
+class Auto(Recovery):
+    """The candidate from which a network learns what outlives the other candidates: ours.
+
+    No unprotected image is at hand to say what a recovery is worth, and on protected ones a shortcut
+    is always right. But a shortcut that one recovery leaves is seldom left by all of them, and what
+    the images show is. So every candidate recovers a sample of the protected images; a small network
+    learns from four fifths of it, and is asked about the last fifth as each candidate recovers it. The
+    mean of its answers that are right is the candidate's score, and the highest score wins.
+
+    Attributes:
+        candidates: recoveries that change training images alone.
+        images: of the sample, at most.
+        learner: the small network, and how it learns.
+    """
+
+    candidates: tuple[Recovery, ...]
+    images: int = 5000
+    learner: Learner = LEARNER
+
+    name = "auto"
+
+    def record(self) -> dict[str, Any]:
+        candidates = [candidate.record() for candidate in self.candidates]
+        return {"recovery": self.name, "settings": {"candidates": candidates, "images": self.images}}
+
+    def recover(self, images: ImageSet, job: Job) -> ImageSet:
+        scores = self._scores(images, job)
+        chosen = max(self.candidates, key=lambda candidate: scores[candidate.name])
+        own = replace(job, workspace=job.file(chosen.name), facts={})
+        recovered = chosen.recover(images, own)
+        job.facts |= {**own.facts, "chosen": chosen.name, "scores": scores}
+        return recovered
+
+    def _scores(self, images: ImageSet, job: Job) -> dict[str, float]:
+        """Return what each candidate is worth; every process finds out alone, and finds the same."""
+        path = job.file("scores.json")
+        scores: dict[str, float] = read_json(path) if path is not None and path.is_file() else {}
+        if scores.keys() >= {candidate.name for candidate in self.candidates}:
+            return scores
+        order = torch.randperm(len(images), generator=generator(job.seed, "sample"))[: self.images]
+        sample = images.subset(order)
+        alone = replace(job.runtime, rank=0, world=1)
+        kept = job.workspace if job.runtime.rank == 0 else None
+        recovered = {}
+        for candidate in self.candidates:
+            folder = None if kept is None else kept / f"sample-{candidate.name}"
+            trial = replace(job, runtime=alone, workspace=folder, facts={})
+            recovered[candidate.name] = candidate.recover(sample, trial)
+        held = torch.arange(len(sample)) % HELD_OUT == 0
+        views = {name: one.subset(held.nonzero().flatten()) for name, one in recovered.items()}
+        for name, one in recovered.items():
+            if name in scores:
+                continue
+            learned = learn(
+                one.subset((~held).nonzero().flatten()),
+                views[name],
+                self.learner,
+                runtime=alone,
+                seed=job.seed,
+                checkpoint=None if kept is None else kept / f"sample-{name}.safetensors",
+                progress=job.progress,
+            )
+            right = [accuracy(learned.model, view, runtime=alone) for view in views.values()]
+            scores[name] = sum(right) / len(right)
+            if kept is not None:
+                write_json(kept / "scores.json", scores)
+        return scores
