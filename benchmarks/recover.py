@@ -82,9 +82,9 @@ SMALL = Table(
         "grayscale",
         "jpeg-10",
         "projection",
-        "jcdp",
         "purify",
         "projection+purify",
+        "jcdp",
         "avatar",
     ),
     training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=1e-3),
@@ -285,10 +285,11 @@ def run_table(
         protections = dict.fromkeys(cell.protection for cell in todo)
         for words in pool.map(_protect, protections):
             print(words, flush=True)
-        for recovery in dict.fromkeys(cell.recovery for cell in todo):
+        for seed, recovery in dict.fromkeys((cell.seed, cell.recovery) for cell in todo):
             for words in pool.map(_recover, protections, [recovery] * len(protections)):
                 print(words, flush=True)
-            for line in pool.map(_work, [cell for cell in todo if cell.recovery == recovery]):
+            row = [cell for cell in todo if (cell.seed, cell.recovery) == (seed, recovery)]
+            for line in pool.map(_work, row):
                 keep(path, line)
             if time.monotonic() > until:
                 pool.shutdown(cancel_futures=True)
