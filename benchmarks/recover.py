@@ -256,11 +256,6 @@ def _protect(protection: str) -> str:
     return f"{protection}: files are there"
 
 
-def _recover(protection: str, recovery: str) -> str:
-    _, seconds = _bench.recovered(protection, recovery)
-    return f"{protection} under {recovery}: files are there" + (f", {seconds:.0f} s" if seconds else "")
-
-
 def _work(cell: Cell) -> dict[str, Any]:
     return _bench(cell)
 
@@ -281,13 +276,10 @@ def run_table(
         initializer=_start,
         initargs=(name, data, work, device, compile),
     ) as pool:
-        # Files first, each made once; a recovery is as many jobs as there are protections, and so are its learners.
-        protections = dict.fromkeys(cell.protection for cell in todo)
-        for words in pool.map(_protect, protections):
+        for words in pool.map(_protect, dict.fromkeys(cell.protection for cell in todo)):
             print(words, flush=True)
+        # Row by row: no two cells of a row need the same files, so each is made once, by the cell that needs it first.
         for seed, recovery in dict.fromkeys((cell.seed, cell.recovery) for cell in todo):
-            for words in pool.map(_recover, protections, [recovery] * len(protections)):
-                print(words, flush=True)
             row = [cell for cell in todo if (cell.seed, cell.recovery) == (seed, recovery)]
             for line in pool.map(_work, row):
                 keep(path, line)

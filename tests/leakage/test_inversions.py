@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import stop_after
 from tests.leakage.victims import victims
 from torch import Tensor, nn
 
 from privet.errors import UsageError
 from privet.leakage import DLG, GRNN, IG, INVERSIONS, Analytic, Inversion, Reconstruction
+from privet.leakage.lbfgs import LBFGS
 from privet.leakage.measure import psnr
 from privet.learning import Runtime, Treatment, Update
 
@@ -68,6 +71,43 @@ class TestEveryInversion:
             same(one, other)
         assert together[0].distances[0] != together[0].distances[1]
         assert together[0].distance == min(together[0].distances)
+
+    def test_killed_anywhere_it_ends_with_the_same_result(
+        self, name: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed in each pass, in the descent and in the polish; one member leaves the stack early."""
+        inversion = replace(TABLE[name], steps=52, restarts=2)
+        plain, other = updates(2)
+        members = [plain, said_to_be_noisy(other)]
+        whole = inversion.invert(members, runtime=runtime, together=3)
+        searched = LBFGS.step
+        searches = 0
+
+        def step(self: LBFGS) -> None:
+            nonlocal searches
+            searches += 1
+            if searches % 6 == 0:
+                raise KeyboardInterrupt
+            searched(self)
+
+        monkeypatch.setattr(LBFGS, "step", step)
+        kills, again = 0, None
+        while again is None:
+            try:
+                again = inversion.invert(
+                    members,
+                    runtime=runtime,
+                    together=3,
+                    workspace=tmp_path,
+                    checkpoint_seconds=0,
+                    progress=stop_after(20),
+                )
+            except KeyboardInterrupt:
+                kills += 1
+        assert kills > 2
+        for result, expected in zip(again, whole, strict=True):
+            same(result, expected)
+        assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
 
     def test_it_does_not_see_the_truth(self, name: str, runtime: Runtime) -> None:
         """Same record, other images behind it: nothing else can reach the attack."""

@@ -10,6 +10,7 @@ import torch
 from tests.conftest import blobs, stop_after
 from torch import Tensor
 
+from privet.errors import UsageError
 from privet.files import read_json
 from privet.images import ImageSet
 from privet.learning import Job, Learner, Runtime
@@ -73,8 +74,11 @@ def test_the_sample_bounds_what_is_tried(runtime: Runtime) -> None:
             tried.append(len(images))
             return images
 
-    Auto((Counting(),), images=40, learner=LEARNER).recover(blobs(90, size=(16, 16)), Job(runtime=runtime))
+    auto = Auto((Counting(), Cover(0, 16)), images=40, learner=LEARNER)
+    auto.recover(blobs(90, size=(16, 16)), Job(runtime=runtime))
     assert tried == [40, 90]
+    with pytest.raises(UsageError, match="at least two different candidates"):
+        Auto((Nothing(), Nothing()))
 
 
 def test_with_a_prior_there_is_one_candidate_more() -> None:

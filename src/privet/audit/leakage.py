@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.audit.leakage_plan import LAYER, NONE, LeakagePlan, Setting, Store
-from privet.files import claim, finish
+from privet.files import WORKSPACE, claim, finish
 from privet.images import ImageSet
 from privet.leakage import Gallery
 from privet.leakage.attack import Attack, attack_once, others
@@ -123,7 +124,7 @@ def audit_leakage(
     settings = plan.settings(layers_of(model))
     for done, setting in enumerate(settings, start=1):
         if setting not in store.results:
-            started = time.perf_counter()
+            started, unfinished = time.perf_counter(), out / WORKSPACE / f"setting-{done}"
             attacked = [_seen(victim, setting.layer) for victim in victims[setting.defence]]
             one = attack_once(
                 attacked,
@@ -132,9 +133,11 @@ def audit_leakage(
                 success=plan.success,
                 seed=plan.seed,
                 gallery=gallery,
+                workspace=unfinished,
                 progress=progress,
             )
             store.add(setting, _result(one), _pictures(one, attacked), seconds=time.perf_counter() - started)
+            shutil.rmtree(unfinished, ignore_errors=True)
         if finished is not None:
             finished(setting, store.results[setting], done, len(settings))
     finish(out, run, {})

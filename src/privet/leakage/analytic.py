@@ -13,6 +13,7 @@ from torch import nn
 from privet.errors import UsageError
 from privet.leakage.base import Inversion
 from privet.leakage.problem import Problem, Solved
+from privet.learning.job import Job
 from privet.learning.update import short
 from privet.models.blocks import Scaled
 
@@ -30,7 +31,7 @@ class Analytic(Inversion):
 
     name: ClassVar[str] = "analytic"
 
-    def _solve(self, problem: Problem, report: Callable[[int], None]) -> Solved:
+    def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:
         update = problem.update
         if update.images > 1 or update.local_steps > 1:
             raise UsageError(

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ def attack(
     seed: int = 0,
     network: nn.Module | None = None,
     gallery: Gallery | None = None,
+    workspace: Path | None = None,
     progress: Progress = silent,
 ) -> list[Attack]:
     """Attack all victims; if their updates were treated, once aware of it and once naively.
@@ -62,6 +64,7 @@ def attack(
         seed: of the inversion's starting points.
         network: if privet does not know the architecture.
         gallery: of the people whom the images show, to see whether they are recognised.
+        workspace: a folder for what a killed attack goes on from, or None; as for `Inversion.invert`.
         progress: told about steps.
 
     Raises:
@@ -79,6 +82,7 @@ def attack(
             seed=seed,
             network=network,
             gallery=gallery,
+            workspace=None if workspace is None else workspace / ("aware" if aware else "naive"),
             progress=progress,
         )
         for aware in kinds
@@ -94,12 +98,18 @@ def attack_once(
     seed: int = 0,
     network: nn.Module | None = None,
     gallery: Gallery | None = None,
+    workspace: Path | None = None,
     progress: Progress = silent,
 ) -> Attack:
     """Attack all victims in one way; arguments and errors as for `attack`."""
     started = time.perf_counter()
     reconstructions = inversion.invert(
-        [victim.update for victim in victims], runtime=runtime, seed=seed, network=network, progress=progress
+        [victim.update for victim in victims],
+        runtime=runtime,
+        seed=seed,
+        network=network,
+        workspace=workspace,
+        progress=progress,
     )
     known = [
         (victim, victim.images, result)

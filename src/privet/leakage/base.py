@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
 import torch
@@ -16,6 +18,8 @@ from privet.leakage.client import Client, Tensors, network_of
 from privet.leakage.labels import infer_labels
 from privet.leakage.objective import Evidence
 from privet.leakage.problem import FAILED, Problem, Solved
+from privet.learning.checkpoint import load_state, save_state
+from privet.learning.job import Job
 from privet.learning.runtime import Runtime
 from privet.learning.update import Update
 from privet.progress import Progress, silent
@@ -114,6 +118,8 @@ class Inversion(ABC):
         seed: int = 0,
         network: nn.Module | None = None,
         together: int = TOGETHER,
+        workspace: Path | None = None,
+        checkpoint_seconds: float = 20.0,
         progress: Progress = silent,
     ) -> list[Reconstruction]:
         """Attack updates that are alike, side by side.
@@ -127,6 +133,9 @@ class Inversion(ABC):
             seed: of the starting points.
             network: the client's network, if privet does not know the architecture.
             together: members (victims times restarts) in one pass; limits memory.
+            workspace: a folder for what a killed attack goes on from, or None to keep nothing. Whoever calls
+                sees to it that it belongs to these arguments.
+            checkpoint_seconds: how often an unfinished pass is saved there.
             progress: told about steps of members.
 
         Raises:
@@ -140,6 +149,10 @@ class Inversion(ABC):
         found: list[Reconstruction] = []
         for first in range(0, len(members), max(2, together)):
             part = members[first : first + max(2, together)]
+            finished = None if workspace is None else workspace / f"{first}.safetensors"
+            if finished is not None and (rows := _load(finished)):
+                found += rows
+                continue
 
             def report(step: int, first: int = first, count: int = len(part)) -> None:
                 done = first * self.steps + min(step, self.steps) * count
@@ -154,7 +167,17 @@ class Inversion(ABC):
                 seed=seed,
                 device=runtime.device,
             )
-            found += self._finished(problem, self._solve(problem, report))[: len(part)]
+            job = Job(
+                runtime=runtime,
+                seed=seed,
+                workspace=None if workspace is None else workspace / f"{first}",
+                checkpoint_seconds=checkpoint_seconds,
+            )
+            rows = self._finished(problem, self._solve(problem, report, job))[: len(part)]
+            if finished is not None:
+                _save(finished, rows)
+                shutil.rmtree(finished.with_suffix(""), ignore_errors=True)
+            found += rows
             report(self.steps)
         groups = [found[i : i + self.restarts] for i in range(0, len(found), self.restarts)]
         return [_choose(group) for group in groups]
@@ -188,8 +211,8 @@ class Inversion(ABC):
         return False
 
     @abstractmethod
-    def _solve(self, problem: Problem, report: Callable[[int], None]) -> Solved:
-        """Look for images and labels; `report` is told every finished step."""
+    def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:
+        """Look for images and labels; `report` is told every finished step, `job` says what to keep of it."""
 
     def _distance(self, problem: Problem, gradient: Tensors) -> Tensor:
         """Return how far gradients are from what was sent, relative to a gradient of zero, (members,)."""
@@ -232,7 +255,38 @@ class Inversion(ABC):
         return members
 
 
+# What JSON can say of a reconstruction.
+_PLAIN = [
+    field.name for field in dataclasses.fields(Reconstruction) if field.name not in ("images", "labels")
+]
+
+
 def _choose(restarts: Sequence[Reconstruction]) -> Reconstruction:
     """Return the restart whose gradient is nearest to what was sent; the truth plays no part."""
     best = min(restarts, key=lambda one: one.distance)
     return dataclasses.replace(best, distances=tuple(one.distance for one in restarts))
+
+
+def _save(path: Path, rows: Sequence[Reconstruction]) -> None:
+    """Write what came of the members of a pass."""
+    tensors = {f"images/{i}": row.images for i, row in enumerate(rows)}
+    tensors |= {f"labels/{i}": row.labels for i, row in enumerate(rows)}
+    rest = [{name: getattr(row, name) for name in _PLAIN} for row in rows]
+    save_state(path, tensors, {"members": rest})
+
+
+def _load(path: Path) -> list[Reconstruction]:
+    """Return what `_save` wrote, or nothing if it wrote nothing."""
+    state = load_state(path)
+    if state is None:
+        return []
+    tensors, record = state
+    rows = []
+    for i, rest in enumerate(record["members"]):
+        history = tuple((step, distance) for step, distance in rest.pop("history"))
+        distances = tuple(rest.pop("distances"))
+        images, labels = tensors[f"images/{i}"], tensors[f"labels/{i}"]
+        rows.append(
+            Reconstruction(**rest, images=images, labels=labels, distances=distances, history=history)
+        )
+    return rows

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from privet.leakage.base import Inversion
 from privet.leakage.problem import CONVERGED, FAILED, HUGE, POINTS, Problem, Solved
+from privet.learning.checkpoint import load_state, part, save_state
+from privet.learning.job import Job
 
 EXPLODED = 1e6  # times a member's first distance
 CHECK = 25  # steps between looks at who is done
@@ -61,7 +63,7 @@ class Descent(Inversion):
     def _project(self, variables: dict[str, Tensor]) -> None:
         """Bring the variables back into their range, in place."""
 
-    def _refine(self, problem: Problem, solved: Solved) -> Solved:
+    def _refine(self, problem: Problem, solved: Solved, job: Job) -> Solved:
         """Return something better than what the loop found, if the method knows how."""
         return solved
 
@@ -71,13 +73,26 @@ class Descent(Inversion):
         return False
 
     @final
-    def _solve(self, problem: Problem, report: Callable[[int], None]) -> Solved:
+    def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:
         whole = problem
         variables = {name: value.requires_grad_() for name, value in self._start(problem).items()}
         constants = self._constants(problem)
         optimizer = self._optimizer(variables.values())
         ledger: _Ledger | None = None
-        for step in range(1, self.steps + 1):
+        path, first = job.file("descent.safetensors"), 1
+        if path is not None and (state := load_state(path)):
+            tensors = {name: value.to(problem.evidence.floor.device) for name, value in state[0].items()}
+            ledger = _Ledger.restored(part(tensors, "ledger/"), state[1])
+            first = state[1]["step"] + 1
+            if first <= self.steps:
+                if len(ledger.rows) < len(problem.starts):
+                    problem = problem.subset(ledger.rows)
+                    constants = {name: value[ledger.rows] for name, value in constants.items()}
+                variables = {name: tensors[f"variable/{name}"].requires_grad_() for name in variables}
+                optimizer = self._optimizer(variables.values())
+                for name, variable in variables.items():
+                    optimizer.state[variable] = part(tensors, f"optimizer/{name}/")
+        for step in range(first, self.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = self._rate((step - 1) / self.steps)
             x, y = self._decode(problem, {**variables, **constants})
@@ -94,16 +109,24 @@ class Descent(Inversion):
                 self._project(variables)
             if step % max(1, self.steps // POINTS) == 0:
                 ledger.note(step)
+            over = step == self.steps
             if step % CHECK == 0 and (kept := ledger.leave()) is not None:
-                if not len(kept):
-                    break
-                problem = problem.subset(kept)
-                variables = {name: value.detach()[kept].requires_grad_() for name, value in variables.items()}
-                constants = {name: value[kept] for name, value in constants.items()}
-                optimizer = _carry(optimizer, self._optimizer(variables.values()), kept)
+                over = over or not len(kept)
+                if not over:
+                    problem = problem.subset(kept)
+                    variables = {
+                        name: value.detach()[kept].requires_grad_() for name, value in variables.items()
+                    }
+                    constants = {name: value[kept] for name, value in constants.items()}
+                    optimizer = _carry(optimizer, self._optimizer(variables.values()), kept)
+            if path is not None and job.checkpoint_due(over):
+                record = {"step": self.steps if over else step, **ledger.record()}
+                save_state(path, {**ledger.state(), **_state(variables, optimizer)}, record)
             report(step)
+            if over:
+                break
         assert ledger is not None
-        return self._refine(whole, ledger.solved(self.steps))
+        return self._refine(whole, ledger.solved(self.steps), job)
 
 
 class _Ledger:
@@ -117,6 +140,25 @@ class _Ledger:
         self.limit = EXPLODED * distance
         self.ends: dict[int, tuple[int, str]] = {}
         self.history: list[tuple[int, list[float]]] = []
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> _Ledger:
+        """Return the ledger that had this `state` and `record`."""
+        ledger = cls.__new__(cls)
+        ledger.rows, ledger.open = state["rows"], state["open"]
+        ledger.x, ledger.y, ledger.best, ledger.limit = (state[name] for name in ("x", "y", "best", "limit"))
+        ledger.ends = {row: (step, why) for row, step, why in record["ends"]}
+        ledger.history = [(step, row) for step, row in record["history"]]
+        return ledger
+
+    def state(self) -> dict[str, Tensor]:
+        """Return its tensors."""
+        names = ("rows", "open", "x", "y", "best", "limit")
+        return {f"ledger/{name}": getattr(self, name) for name in names}
+
+    def record(self) -> dict[str, Any]:
+        """Return the rest, as JSON values."""
+        return {"ends": [(row, *end) for row, end in self.ends.items()], "history": self.history}
 
     def enter(self, step: int, x: Tensor, y: Tensor, distance: Tensor, floor: Tensor, *, last: bool) -> None:
         """Keep what is better than before (or whatever is `last`), and mark the members that are done."""
@@ -158,6 +200,16 @@ class _Ledger:
             ends=[reason for _, reason in ends],
             history=self.history,
         )
+
+
+def _state(variables: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return variables and what the optimiser knows of each."""
+    slots = {
+        f"optimizer/{name}/{slot}": value
+        for name, variable in variables.items()
+        for slot, value in optimizer.state[variable].items()
+    }
+    return {f"variable/{name}": value for name, value in variables.items()} | slots
 
 
 def _carry(old: Optimizer, new: Optimizer, kept: Tensor) -> Optimizer:

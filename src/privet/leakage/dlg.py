@@ -11,6 +11,7 @@ import torch
 from privet.leakage.base import Inversion
 from privet.leakage.pixels import search_pixels, start_pixels
 from privet.leakage.problem import Problem, Solved
+from privet.learning.job import Job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class DLG(Inversion):
     name: ClassVar[str] = "dlg"
     precision: ClassVar[torch.dtype] = torch.float64
 
-    def _solve(self, problem: Problem, report: Callable[[int], None]) -> Solved:
+    def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:
         return search_pixels(
             problem,
             start_pixels(problem),
@@ -41,4 +42,5 @@ class DLG(Inversion):
             floor=self._floor(problem),
             steps=self.steps,
             report=report,
+            job=job,
         )

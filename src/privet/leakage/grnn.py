@@ -17,6 +17,7 @@ from privet.leakage.descent import Descent
 from privet.leakage.pixels import search_pixels
 from privet.leakage.problem import FAILED, Problem, Solved
 from privet.leakage.regularise import smoothness, squared_variation
+from privet.learning.job import Job
 
 NOISE = 128  # numbers that each image starts from
 LARGEST_SIDE = 256
@@ -140,7 +141,7 @@ class GRNN(Descent):
             return self.learning_rate
         return self.learning_rate * (0.01 + 0.5 * (1 + math.cos(math.pi * done)))
 
-    def _refine(self, problem: Problem, solved: Solved) -> Solved:
+    def _refine(self, problem: Problem, solved: Solved, job: Job) -> Solved:
         noisy = problem.evidence.temperature > 0
         if not self.polish or bool(noisy.all()):
             return solved
@@ -154,6 +155,7 @@ class GRNN(Descent):
             floor=self._floor(problem),
             steps=self.polish,
             report=lambda _: None,
+            job=job,
             idle=noisy,
         )
         return Solved(

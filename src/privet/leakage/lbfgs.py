@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ Value = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # the weak Wolfe conditions (Nocedal and Wright, section 3.1)
 LONGEST_SEARCH = 20
+STATE = ("point", "loss", "gradient", "fresh", "active")
 
 
 class LBFGS:
@@ -55,6 +56,25 @@ class LBFGS:
         self.active &= better | ~self.fresh
         self.fresh = ~better | (self.fresh & ~curved)
         self.point, self.loss, self.gradient = point, loss, gradient
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that `restore` needs to go on to the same bytes."""
+        pairs = {
+            f"pair/{index}/{place}": value
+            for index, pair in enumerate(self.pairs)
+            for place, value in enumerate(pair)
+        }
+        return {name: getattr(self, name) for name in STATE} | pairs
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Become what another search of these members was when it returned its `state`."""
+        for name in STATE:
+            setattr(self, name, state[name])
+        count = (len(state) - len(STATE)) // 3
+        self.pairs = [
+            (state[f"pair/{index}/0"], state[f"pair/{index}/1"], state[f"pair/{index}/2"])
+            for index in range(count)
+        ]
 
     def _inverse_hessian(self, gradient: Tensor) -> Tensor:
         """Apply the two-loop recursion; a pair whose inverse curvature is zero counts for nothing."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from privet.leakage.client import Tensors
 from privet.leakage.lbfgs import LBFGS
 from privet.leakage.problem import CONVERGED, FAILED, HUGE, POINTS, Problem, Solved
+from privet.learning.checkpoint import load_state, save_state
+from privet.learning.job import Job
 
 SPREAD = 0.25  # standard deviation of the first pixels around grey: 1 after the usual normalisation
 
@@ -34,6 +36,7 @@ def search_pixels(
     floor: Tensor,
     steps: int,
     report: Callable[[int], None],
+    job: Job,
     idle: Tensor | None = None,
 ) -> Solved:
     """Minimise the distance over pixels, and logits if there are any, by L-BFGS.
@@ -45,6 +48,7 @@ def search_pixels(
         floor: (members,), below which noise explains what is left.
         steps: line searches, at most.
         report: told every finished step.
+        job: keeps an unfinished search.
         idle: (members,), those that stay where they are.
     """
     shape, count = start["x"].shape, start["x"][0].numel()
@@ -65,8 +69,15 @@ def search_pixels(
     ends = dict.fromkeys((~search.active).nonzero()[:, 0].tolist(), (0, f"{FAILED}not finite at the start"))
     if idle is not None:
         search.active &= ~idle
-    history = []
-    for step in range(steps + 1):
+    history: list[tuple[int, list[float]]] = []
+    path, first = job.file("pixels.safetensors"), 0
+    if path is not None and (state := load_state(path)):
+        tensors, record = state
+        search.restore({name: value.to(floor.device) for name, value in tensors.items()})
+        ends = {row: (step, why) for row, step, why in record["ends"]}
+        history = [(step, row) for step, row in record["history"]]
+        first = record["step"] + 1
+    for step in range(first, steps + 1):
         if step:
             search.step()
             report(step)
@@ -78,9 +89,12 @@ def search_pixels(
             history.append((step, search.loss.nan_to_num(posinf=HUGE).tolist()))
         if not bool(search.active.any()):
             break
+        if path is not None and job.checkpoint_due():
+            rows = [(row, *end) for row, end in ends.items()]
+            save_state(path, search.state(), {"step": step, "ends": rows, "history": history})
     x, y = decode(search.point)
-    rows = [ends.get(row, (steps, "steps")) for row in range(len(x))]
-    return Solved(x=x, y=y, steps=[step for step, _ in rows], ends=[why for _, why in rows], history=history)
+    last = [ends.get(row, (steps, "steps")) for row in range(len(x))]
+    return Solved(x=x, y=y, steps=[step for step, _ in last], ends=[why for _, why in last], history=history)
 
 
 def _reason(arrived: bool, noisy: bool) -> str:

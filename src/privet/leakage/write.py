@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from privet.files import claim, finish, read_json, write_bytes, write_json
+from privet.files import WORKSPACE, claim, finish, read_json, write_bytes, write_json
 from privet.images.montage import montage, png
 from privet.leakage.attack import DEFAULT, Attack, attack, others
 from privet.leakage.base import Inversion
@@ -40,7 +40,9 @@ def write_attack(
     hide: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Attack, and write report.json and pairs.png into `out`; return the report. A finished run is not repeated.
+    """Attack, and write report.json and pairs.png into `out`; return the report.
+
+    A killed run goes on, and a finished one is not repeated.
 
     Args:
         out: a new folder.
@@ -81,6 +83,7 @@ def write_attack(
             success=success,
             seed=seed,
             gallery=gallery,
+            workspace=out / WORKSPACE,
             progress=progress,
         )
         write_json(out / REPORT, {**run, **report(victims, attacks, success, public, gallery)})

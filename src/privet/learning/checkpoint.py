@@ -31,27 +31,41 @@ def save_checkpoint(
                 state[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
     for name, value in (tensors or {}).items():
         state[f"extra/{name}"] = value
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_bytes(path, safetensors.torch.save(state, {"record": json.dumps(record)}))
+    save_state(path, state, record)
 
 
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Restore what `save_checkpoint` wrote; return its further tensors and record, or None if absent."""
+    found = load_state(path)
+    if found is None:
+        return None
+    state, record = found
+    model.load_state_dict(part(state, "model/"))
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in part(state, "optimizer/").items():
+        index, slot = name.split("/", 1)
+        slots.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    return part(state, "extra/"), record
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON record."""
+    state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_bytes(path, safetensors.torch.save(state, {"record": json.dumps(record)}))
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return what `save_state` wrote, on the processor, or None if it is absent."""
     if not path.exists():
         return None
     with safetensors.safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["record"])
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model.load_state_dict(_part(state, "model/"))
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in _part(state, "optimizer/").items():
-        index, slot = name.split("/", 1)
-        slots.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    return _part(state, "extra/"), record
+        return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors under a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

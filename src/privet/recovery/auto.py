@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from privet.errors import UsageError
 from privet.files import read_json, write_json
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
@@ -25,8 +26,8 @@ class Auto(Recovery):
     No unprotected image is at hand to say what a recovery is worth, and on protected ones a shortcut
     is always right. But a shortcut that one recovery leaves is seldom left by all of them, and what
     the images show is. So every candidate recovers a sample of the protected images; a small network
-    learns from four fifths of it, and is asked about the last fifth as each candidate recovers it. The
-    mean of its answers that are right is the candidate's score, and the highest score wins.
+    learns from four fifths of it, and is asked about the last fifth as each of the others recovers it.
+    The mean of its answers that are right is the candidate's score, and the highest score wins.
 
     Attributes:
         candidates: recoveries that change training images alone.
@@ -39,6 +40,10 @@ class Auto(Recovery):
     learner: Learner = LEARNER
 
     name = "auto"
+
+    def __post_init__(self) -> None:
+        if len({candidate.name for candidate in self.candidates}) < max(2, len(self.candidates)):
+            raise UsageError(f"auto needs at least two different candidates, got {self.candidates}.")
 
     def record(self) -> dict[str, Any]:
         candidates = [candidate.record() for candidate in self.candidates]
@@ -81,7 +86,8 @@ class Auto(Recovery):
                 checkpoint=None if kept is None else kept / f"sample-{name}.safetensors",
                 progress=job.progress,
             )
-            right = [accuracy(learned.model, view, runtime=alone) for view in views.values()]
+            others = [view for other, view in views.items() if other != name]
+            right = [accuracy(learned.model, view, runtime=alone) for view in others]
             scores[name] = sum(right) / len(right)
             if kept is not None:
                 write_json(kept / "scores.json", scores)
