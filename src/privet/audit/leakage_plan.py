@@ -55,6 +55,7 @@ class Clients:
     local_steps: int = 1
     learning_rate: float = 0.1
     labels_known: bool = False
+    statistics: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,8 @@ class Clients:
         Of those.
     labels_known
         The attacker is told the labels.
+    statistics
+        Clients send batch norm's statistics too, as those do who send all tensors of a network.
     size
         Side in pixels of the clients' images.
     split
@@ -151,6 +153,7 @@ class Clients:
     local_steps: int = 1
     learning_rate: float = 0.1
     labels_known: Annotated[bool, Parameter(negative="")] = False
+    statistics: Annotated[bool, Parameter(negative="")] = False
     size: int | None = None
     split: str | None = None
 
@@ -167,6 +170,7 @@ class Clients:
             "local_steps": self.local_steps,
             "learning_rate": self.learning_rate,
             "labels_known": self.labels_known,
+            "statistics": self.statistics,
         }
 
     def open(self, source: str, *, seed: int) -> tuple[nn.Module, str, ImageSet]:

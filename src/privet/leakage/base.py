@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from privet.errors import UsageError
-from privet.leakage.client import Client, Tensors, network_of
+from privet.leakage.client import Client, network_of
 from privet.leakage.labels import infer_labels
+from privet.leakage.moments import Tensors, sent_moments
 from privet.leakage.objective import Evidence
 from privet.leakage.problem import FAILED, Problem, Solved
 from privet.learning.checkpoint import load_state, save_state
@@ -195,6 +196,7 @@ class Inversion(ABC):
         """Stack what members have to solve."""
         dtype = torch.promote_types(next(iter(updates[0].values.values())).dtype, self.precision)
         client = Client.of(updates, network, device=device, dtype=dtype)
+        moments = [sent_moments(update, network) for update in updates]
         labels = [one for one in known if one is not None]  # of all members or of none, see Client
         evidence = Evidence.of(updates, aware=self.aware, balanced=self._balanced, device=device, dtype=dtype)
         return Problem(
@@ -203,6 +205,9 @@ class Inversion(ABC):
             known=torch.stack(labels).to(device) if labels else None,
             starts=starts,
             seed=seed,
+            moments={
+                name: torch.stack([one[name] for one in moments]).to(device, dtype) for name in moments[0]
+            },
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -14,10 +14,9 @@ from torch.func import functional_call, grad, replace_all_batch_norm_modules_, v
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from privet.errors import UsageError
+from privet.leakage.moments import Tensors, watch
 from privet.learning.update import Update, short
 from privet.models import create_model
-
-Tensors = dict[str, Tensor]
 
 
 def network_of(update: Update) -> nn.Module:
@@ -40,6 +39,7 @@ class Client:
         buffers: likewise; empty in training mode, where batch norm uses the batch alone.
         sent: names in the record of what was sent, and in the module.
         update: one of the members' records, for what they have in common.
+        seen: the moments of the batch that the module last saw, if it is watched (see `simulate`).
     """
 
     module: nn.Module
@@ -47,6 +47,7 @@ class Client:
     buffers: Tensors
     sent: Mapping[str, str]
     update: Update
+    seen: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -79,6 +80,9 @@ class Client:
             )
         if first.mode == "train":
             replace_all_batch_norm_modules_(module)
+        seen: Tensors = {}
+        if first.statistics:
+            watch(module, seen)
 
         def stack(wanted: Mapping[str, str]) -> Tensors:
             return {
@@ -93,28 +97,35 @@ class Client:
             buffers=stack(state) if first.mode == "eval" else {},
             sent={name: names[name] for name in first.values},
             update=first,
+            seen=seen,
         )
 
     def subset(self, kept: Tensor) -> Client:
         """Return the client of these members."""
-        return Client(
-            module=self.module,
+        return replace(
+            self,
             parameters={name: value[kept] for name, value in self.parameters.items()},
             buffers={name: value[kept] for name, value in self.buffers.items()},
-            sent=self.sent,
-            update=self.update,
         )
 
     def gradient(self, x: Tensor, y: Tensor) -> Tensors:
-        """Return each member's update in units of a gradient, by name in the record.
+        """Return each member's update in units of a gradient; as `simulate`, without the moments."""
+        return self.simulate(x, y)[0]
+
+    def simulate(self, x: Tensor, y: Tensor) -> tuple[Tensors, Tensors]:
+        """Return each member's update in units of a gradient, and what batch norm saw in its last step.
 
         Args:
             x: pixels in [0, 1], (members, images, channels, height, width).
             y: probabilities of the classes, (members, images, classes).
+
+        Returns:
+            Values by name in the record, (members, ...); and moments by batch norm, as `sent_moments` has them,
+            (members, 2, channels), if the records have any.
         """
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
-            found = vmap(self._one)(self.parameters, self.buffers, x, y)
-        return {name: found[full] for name, full in self.sent.items()}
+            found, moments = vmap(self._one)(self.parameters, self.buffers, x, y)
+        return {name: found[full] for name, full in self.sent.items()}, moments
 
     def logits(self, x: Tensor) -> Tensor:
         """Return (members, images, classes) of each member's weights before the first step."""
@@ -128,23 +139,25 @@ class Client:
     def _input(self, x: Tensor) -> Tensor:
         return x.expand(-1, self.update.channels, -1, -1)
 
-    def _one(self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> Tensors:
-        def loss(parameters: Tensors, x: Tensor, y: Tensor) -> Tensor:
+    def _one(self, parameters: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> tuple[Tensors, Tensors]:
+        def loss(parameters: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, Tensors]:
             logits = functional_call(self.module, {**parameters, **buffers}, (self._input(x),))
-            return -(y * F.log_softmax(logits, 1)).sum() / len(x)
+            return -(y * F.log_softmax(logits, 1)).sum() / len(x), dict(self.seen)
 
         update = self.update
+        slope: Tensors
+        moments: Tensors
         if update.local_steps == 1 and update.images == update.batch_size:
-            slope: Tensors = grad(loss)(parameters, x, y)
-            return slope
+            slope, moments = grad(loss, has_aux=True)(parameters, x, y)
+            return slope, moments
         rate, moved = update.learning_rate, parameters
         assert rate is not None
         for step in range(update.local_steps):
             index = [(step * update.batch_size + i) % update.images for i in range(update.batch_size)]
-            slope = grad(loss)(moved, x[index], y[index])
+            slope, moments = grad(loss, has_aux=True)(moved, x[index], y[index])
             moved = {name: value - rate * slope[name] for name, value in moved.items()}
         span = rate * update.local_steps
-        return {name: (parameters[name] - value) / span for name, value in moved.items()}
+        return {name: (parameters[name] - value) / span for name, value in moved.items()}, moments
 
 
 def _shape(update: Update) -> tuple[object, ...]:
@@ -153,5 +166,6 @@ def _shape(update: Update) -> tuple[object, ...]:
         (update.batch_size, update.images, update.local_steps, update.learning_rate),
         {name: tensor.shape for name, tensor in update.weights.items()},
         {name: tensor.dtype for name, tensor in update.values.items()},
+        set(update.statistics),
         update.labels is None,
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from privet.errors import UsageError
-from privet.leakage.client import Tensors
 from privet.leakage.descent import Descent
+from privet.leakage.moments import Tensors
 from privet.leakage.pixels import start_pixels
 from privet.leakage.problem import Problem
 from privet.leakage.regularise import smoothness, squared_variation, total_variation

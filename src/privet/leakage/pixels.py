@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from privet.leakage.client import Tensors
 from privet.leakage.lbfgs import LBFGS
+from privet.leakage.moments import Tensors
 from privet.leakage.problem import CONVERGED, FAILED, HUGE, POINTS, Problem, Solved
 from privet.learning.checkpoint import load_state, save_state
 from privet.learning.job import Job

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from privet.leakage.client import Client
+from privet.leakage.moments import Tensors
 from privet.leakage.objective import Evidence
 from privet.learning.update import Update
 from privet.seeds import generator
@@ -31,6 +32,7 @@ class Problem:
         known: the labels, (members, images), or None if they are to be found.
         starts: each member's number of restart, from which it draws its random numbers.
         seed: of those.
+        moments: what batch norm saw in the client's step, by its name, (members, 2, channels), if that was sent.
     """
 
     client: Client
@@ -38,6 +40,7 @@ class Problem:
     known: Tensor | None
     starts: tuple[int, ...]
     seed: int
+    moments: Tensors = field(default_factory=dict)
 
     @property
     def update(self) -> Update:
@@ -70,6 +73,7 @@ class Problem:
             known=None if self.known is None else self.known[kept],
             starts=tuple(self.starts[i] for i in kept.tolist()),
             seed=self.seed,
+            moments={name: value[kept] for name, value in self.moments.items()},
         )
 
 

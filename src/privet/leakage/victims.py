@@ -44,6 +44,7 @@ def simulate(
     local_steps: int = 1,
     learning_rate: float = 0.1,
     labels_known: bool = False,
+    statistics: bool = False,
     defence: Defence | None = None,
     seed: int = 0,
 ) -> list[Victim]:
@@ -58,6 +59,7 @@ def simulate(
         local_steps: SGD steps of each on its batch; more than one are sent as a delta.
         learning_rate: of those.
         labels_known: whether the attacker is told the labels.
+        statistics: whether clients send batch norm's buffers too, as they do who send all tensors of a network.
         defence: what each client does before it sends.
         seed: of the choice of images, and of the defence.
 
@@ -74,9 +76,10 @@ def simulate(
         chosen = order[index * batch_size : (index + 1) * batch_size]
         x, labels = images.pixels[chosen].float() / 255, images.labels[chosen]
         told = tuple(labels.tolist())
+        change, buffers = step(model, x, labels, local_steps=local_steps, learning_rate=learning_rate)
         update = Update.of(
             model,
-            step(model, x, labels, local_steps=local_steps, learning_rate=learning_rate),
+            change,
             kind="delta" if local_steps > 1 else "gradient",
             architecture=architecture,
             classes=images.classes,
@@ -87,6 +90,7 @@ def simulate(
             mode="train" if model.training else "eval",
             grey=bool(images.grey[chosen].all()),
             labels=told if labels_known else None,
+            statistics=buffers if statistics else {},
         )
         if defence is not None:
             update = defence.apply(update, seed=seed + index)
@@ -97,8 +101,11 @@ def simulate(
 
 def step(
     model: nn.Module, x: Tensor, labels: Tensor, *, local_steps: int, learning_rate: float
-) -> dict[str, Tensor]:
-    """Return the gradient of one step, or the change of several, by name; the model stays as it is."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the gradient of one step, or the change of several, and batch norm's buffers after it, by name.
+
+    The model stays as it is.
+    """
     parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     before = parameters
@@ -113,7 +120,12 @@ def step(
         }
     if local_steps > 1:
         gradient = {name: parameters[name] - value.detach() for name, value in before.items()}
-    return {short(name): value for name, value in gradient.items()}
+    tracked = {
+        short(name): value
+        for name, value in buffers.items()
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
+    return {short(name): value for name, value in gradient.items()}, tracked
 
 
 def open_victim(folder: Path, private: ImageSet | None = None) -> Victim:
@@ -157,7 +169,7 @@ def threat_model(update: Update, *, aware: bool) -> list[str]:
     if update.labels is not None:
         known.append("labels")
     if update.statistics:
-        known.append("batch-norm statistics (not used)")
+        known.append("batch norm's statistics after the step" + (" (not used)" if several else ""))
     says = [
         f"The attacker saw {what} of one client, in the plain: {sent:,} values.",
         f"It knows: {', '.join(known)}. It has no images of its own and changes nothing.",

@@ -1,0 +1,79 @@
+"""What batch norm's buffers, if a client sent them, say of its batch: the moments of each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privet.learning.update import Update, short
+
+Tensors = dict[str, Tensor]
+
+
+def batch_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Return a network's batch norms by their names in records."""
+    return {
+        short(name): module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+
+
+def sent_moments(update: Update, network: nn.Module) -> Tensors:
+    """Return the mean and the unbiased variance of each channel before each batch norm, (2, channels), by its name.
+
+    A batch norm moves its buffers by a known share towards what it sees, so the buffers before and
+    after one step give that away exactly. Several steps leave a mixture, which is not used.
+
+    Args:
+        update: the record.
+        network: the network, for that share.
+    """
+    if update.mode == "eval" or update.local_steps > 1:
+        return {}
+    found = {}
+    for name, module in batch_norms(network).items():
+        means, variances = (f"{name}.{buffer}" for buffer in ("running_mean", "running_var"))
+        if means not in update.statistics or variances not in update.statistics:
+            continue
+        share = module.momentum
+        if share is None:  # the mean of all batches so far
+            share = 1 / (int(update.weights[f"{name}.num_batches_tracked"]) + 1)
+        moved = [
+            update.weights[one].double() + (update.statistics[one] - update.weights[one]).double() / share
+            for one in (means, variances)
+        ]
+        found[name] = torch.stack(moved)
+    return found
+
+
+def watch(network: nn.Module, seen: Tensors) -> None:
+    """Have a network write into `seen` what `sent_moments` returns, for every batch that goes through it."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            channels = inputs[0].transpose(0, 1).flatten(1)
+            seen[name] = torch.stack((channels.mean(1), channels.var(1)))
+
+        return note
+
+    for name, module in batch_norms(network).items():
+        module.register_forward_pre_hook(hook(name))
+
+
+def mismatch(found: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Tensor:
+    """Return how far moments are from those that were sent, in units of the channels' variance, (members,).
+
+    Args:
+        found: by batch norm, (members, 2, channels).
+        sent: the same; not empty.
+    """
+    total = torch.zeros(())
+    for name, truth in sent.items():
+        variance = truth[:, 1].clamp_min(1e-6)
+        apart = (found[name] - truth).square()
+        total = total.to(truth) + (apart[:, 0] / variance + apart[:, 1] / variance.square()).mean(1)
+    return total / len(sent)
