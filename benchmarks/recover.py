@@ -83,6 +83,8 @@ SMALL = Table(
         "jpeg-10",
         "projection",
         "purify",
+        "purify+grayscale",
+        "jpeg-10+grayscale",
         "projection+purify",
         "jcdp",
         "avatar",
