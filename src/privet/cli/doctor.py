@@ -15,9 +15,11 @@ from privet.errors import OK, MissingExtraError
 
 EXTRAS = {
     "timm": ("timm", "networks by timm's names"),
+    "diffusers": ("diffusion", "purification by diffusion"),
     "flwr": ("federation", "federated learning on Flower"),
     "numba": ("federation", "compiled codecs of federated updates"),
     "cryptography": ("licensing", "signed releases and licences"),
+    "opacus": ("opacus", "records of differentially private training"),
     "sklearn": ("demo", "the demonstration's images"),
 }
 
