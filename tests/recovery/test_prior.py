@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -24,6 +25,7 @@ from privet.recovery import (
     Purify,
     create_recovery,
     load_prior,
+    needs_prior,
     noise_error,
     restore,
     train_prior,
@@ -232,7 +234,7 @@ class TestEvery:
 
     def test_times_the_prior_never_saw_are_refused(self, name: str, folder: Path, runtime: Runtime) -> None:
         method, _, _ = METHODS[name]
-        late = {"rounds": ((300, 20),)} if name == "purify" else {"time": 300}
+        late = {"levels": (300, 20)} if name == "purify" else {"time": 300}
         with pytest.raises(UsageError, match="trained for times below 250, and is asked for 300"):
             method(prior=str(folder), **late).recover(blobs(2), Job(runtime=runtime))  # type: ignore[arg-type]
 
@@ -259,7 +261,7 @@ def test_a_round_of_purify_goes_down_as_diffusers_ddim_does(folder: Path, runtim
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=True)
     prior, images = load_prior(folder, runtime=runtime), blobs(2)
     levels = (120, 80, 30)
-    found = Purify(prior=str(folder), rounds=(levels,)).recover(images, Job(runtime=runtime)).pixels
+    found = Purify(prior=str(folder), levels=levels, rounds=1).recover(images, Job(runtime=runtime)).pixels
     x = to_unit(images.pixels, runtime.device)
     noise = ImageNoise(images.pixels, 0, runtime.device)
     noisy = scheduler.add_noise(x, noise(), torch.tensor(levels[0]))
@@ -275,10 +277,24 @@ def test_a_round_of_purify_goes_down_as_diffusers_ddim_does(folder: Path, runtim
     assert int((found.short() - to_pixels(noisy).short()).abs().max()) <= 1
 
 
-@pytest.mark.parametrize("rounds", [(), ((60,), ()), ((30, 60),), ((60, 60),)])
-def test_rounds_that_do_not_fall_are_refused(rounds: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(UsageError, match="purify"):
-        Purify(prior="x", rounds=rounds)
+@pytest.mark.parametrize(
+    "settings", [{"levels": ()}, {"levels": (30, 60)}, {"levels": (60, 60)}, {"rounds": 0}]
+)
+def test_rounds_that_do_not_go_down_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="purify needs"):
+        Purify(prior="x", **settings)
+
+
+def test_the_rounds_of_purify_are_in_its_name(folder: Path, runtime: Runtime) -> None:
+    for name, rounds in (("purify-1", 1), ("purify", 2), ("purify-3", 3)):
+        recovery = create_recovery(name, prior=str(folder))
+        assert (recovery.name, needs_prior(f"{name}+grayscale")) == (name, True)
+        job = Job(runtime=runtime)
+        recovery.recover(blobs(2), job)
+        assert job.facts == {"evaluations": 2 * rounds}
+    for name in ("purify-0", "purify-", "jcdp-2", "purify-x"):
+        with pytest.raises(UsageError, match="Unknown recovery"):
+            create_recovery(name, prior="x")
 
 
 def test_the_pull_of_jcdp_is_that_of_its_batch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

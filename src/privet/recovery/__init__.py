@@ -76,7 +76,7 @@ CANDIDATES = ("none", "jpeg-10", "projection", "projection+jpeg-50", "coin", "pu
 
 def needs_prior(name: str) -> bool:
     """Say whether a recovery of this name denoises with a prior."""
-    return any(part in WITH_PRIOR for part in name.split("+"))
+    return any(part.partition("-")[0] in WITH_PRIOR for part in name.split("+"))
 
 
 def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
@@ -95,21 +95,21 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
     if name == "auto":
         usable = (one for one in CANDIDATES if prior is not None or not needs_prior(one))
         return Auto(tuple(create_recovery(one, prior=prior) for one in usable))
-    if name in WITH_PRIOR:
+    kind, _, number = name.partition("-")
+    if name in WITH_PRIOR or re.fullmatch(r"purify-[1-9]", name):
         if prior is None:
             raise UsageError(
                 f"{name} needs a prior: train one on unprotected images with 'privet prior train', and name its "
                 "folder with --prior."
             )
-        return WITH_PRIOR[name](prior)
+        return Purify(prior, rounds=int(number)) if number else WITH_PRIOR[name](prior)
     if name in PLAIN:
         return PLAIN[name]()
-    kind, _, number = name.partition("-")
     if kind in NUMBERED and re.fullmatch(r"\d{1,3}" if kind in WHOLE else r"\d{1,3}(\.\d+)?", number):
         make, least, most = NUMBERED[kind]
         if least <= float(number) <= most:
             return make(float(number))
-    names = [*PLAIN, *WITH_PRIOR, "auto", *(f"{kind}-NUMBER" for kind in NUMBERED)]
+    names = [*PLAIN, *WITH_PRIOR, "purify-ROUNDS", "auto", *(f"{kind}-NUMBER" for kind in NUMBERED)]
     raise UsageError(
         f"Unknown recovery {name!r}; expected one of {', '.join(names)} (quality 1 to 100, 1 to 7 bits, sigma in "
         "pixels, width 4 to 512, radius in 1/255), or several joined by +."

@@ -15,6 +15,8 @@ from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to
 from privet.recovery.perceptual import perceptual_gradient
 from privet.recovery.prior import Prior
 
+ROUNDS = 2
+
 
 @dataclass(frozen=True)
 class Purify(DiffusionRecovery):
@@ -26,7 +28,8 @@ class Purify(DiffusionRecovery):
     alone, so that a result does not depend on what else is recovered.
 
     Attributes:
-        rounds: how noisy, of 1,000, at each evaluation of each round.
+        levels: how noisy, of 1,000, at each evaluation of a round.
+        rounds: how many.
         pull: share of the way back to the protected image after each round, from 0 to 1.
         perceptual: a step as long as this share of that way, but down the gradient of the perceptual distance
             (`perceptual_gradient`) to the protected image.
@@ -34,35 +37,37 @@ class Purify(DiffusionRecovery):
             for protections with a known budget.
     """
 
-    rounds: tuple[tuple[int, ...], ...] = ((100, 50), (100, 50))
+    levels: tuple[int, ...] = (100, 50)
+    rounds: int = ROUNDS
     pull: float = 0.0
     perceptual: float = 0.0
     ball: float | None = None
 
-    name = "purify"
-
     def __post_init__(self) -> None:
-        if not self.rounds or not all(self.rounds) or not 0 <= self.pull < 1 or not 0 <= self.perceptual <= 1:
+        if self.rounds < 1 or not 0 <= self.pull < 1 or not 0 <= self.perceptual <= 1:
             raise UsageError(
-                "purify needs a round with a level in each, and shares of 0 to 1 for pull and perceptual; got "
+                "purify needs a round, and shares of 0 to 1 for pull and perceptual; got "
                 f"{self.rounds}, {self.pull} and {self.perceptual}."
             )
-        if any(tuple(sorted(set(levels), reverse=True)) != levels for levels in self.rounds):
-            raise UsageError(f"The levels of a round of purify must fall, got {self.rounds}.")
+        if not self.levels or tuple(sorted(set(self.levels), reverse=True)) != self.levels:
+            raise UsageError(f"purify needs levels that fall, got {self.levels}.")
+
+    @property
+    def name(self) -> str:
+        return "purify" if self.rounds == ROUNDS else f"purify-{self.rounds}"
 
     def _change(self, images: ImageSet, job: Job) -> Change:
         runtime = job.runtime
-        times = [level for levels in self.rounds for level in levels]
-        prior = self._open(images, times, job, evaluations=len(times))
+        prior = self._open(images, self.levels, job, evaluations=len(self.levels) * self.rounds)
 
         def change(index: Tensor, randomness: torch.Generator) -> Tensor:
             pixels = images.pixels[index]
             x = to_unit(pixels, runtime.device)
             noise = ImageNoise(pixels, job.seed, runtime.device)
             clean = x
-            for levels in self.rounds:
+            for _ in range(self.rounds):
                 unseen = noise()
-                for level in levels:
+                for level in self.levels:
                     kept = float(prior.kept[level])
                     noisy = renoise(clean, unseen, kept)
                     clean = prior.clean(noisy, level, runtime=runtime)
