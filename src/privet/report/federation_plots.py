@@ -31,7 +31,7 @@ def accuracy_by_bytes(rounds: Sequence[dict[str, Any]], chance: float) -> str:
         _by_round(right)
         for axis in (left, right):
             axis.axhline(100 * chance, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
-        left.set_ylim(0, max(5.0, min(100.0, 1.15 * max(reached))))
+        left.set_ylim(0, max(5.0, min(100.0, 1.15 * max(*reached, 100 * chance))))
         left.set_xlim(0)
         figure.tight_layout()
         return svg(figure)
