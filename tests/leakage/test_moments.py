@@ -66,8 +66,8 @@ def test_the_client_s_own_images_have_the_moments_that_it_sent() -> None:
 
 
 def test_the_mismatch_is_in_units_of_the_variance() -> None:
-    sent = {"a": torch.tensor([[[0.0, 0.0], [4.0, 1.0]]])}
-    found = {"a": torch.tensor([[[2.0, 0.0], [4.0, 3.0]]])}
+    sent = {"a": torch.tensor([[[0.0, 0.0], [4.0, 2.0]]])}
+    found = {"a": torch.tensor([[[2.0, 0.0], [4.0, 6.0]]])}
     # First channel: mean off by one standard deviation; second: variance three times as large.
     assert float(mismatch(found, sent)) == pytest.approx((1 + 4) / 2)
 
@@ -76,7 +76,9 @@ def test_what_says_nothing_certain_is_not_used() -> None:
     network = network_of(sending().update)
     assert sent_moments(sending(local_steps=2).update, network) == {}
     assert sent_moments(sending(mode="eval").update, network) == {}
-    assert sent_moments(replace(sending().update, statistics={}), network) == {}
+    silent = victims(1, architecture=NETWORK, batch_size=3)[0].update
+    assert silent.statistics == {}
+    assert sent_moments(silent, network) == {}
 
 
 @pytest.mark.parametrize("inversion", [IG(steps=40), GRNN(steps=40, polish=0)], ids=["ig", "grnn"])
