@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,12 @@ def test_the_sample_bounds_what_is_tried(runtime: Runtime) -> None:
         Auto((Nothing(), Nothing()))
 
 
+def test_everything_that_the_choice_depends_on_is_on_record() -> None:
+    auto = Auto((Nothing(), Cover(0, 9)))
+    others = (replace(auto, learner=LEARNER), replace(auto, images=7), Auto((Nothing(), Cover(0, 8))))
+    assert all(json.dumps(other.record()) != json.dumps(auto.record()) for other in others)
+
+
 def test_with_a_prior_there_is_one_candidate_more() -> None:
     without, with_prior = create_recovery("auto"), create_recovery("auto", prior="somewhere")
     assert isinstance(without, Auto)
@@ -91,9 +98,7 @@ def test_with_a_prior_there_is_one_candidate_more() -> None:
     ]
 
 
-def test_a_killed_choice_keeps_what_it_has_measured(
-    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_choice_keeps_what_it_has_measured(runtime: Runtime, tmp_path: Path) -> None:
     images, auto = marked(60), Auto((Nothing(), Cover(9, 16)), learner=LEARNER)
     whole = Job(runtime=runtime)
     expected = auto.recover(images, whole)

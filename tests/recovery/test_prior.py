@@ -265,16 +265,13 @@ def test_a_round_of_purify_goes_down_as_diffusers_ddim_does(folder: Path, runtim
     x = to_unit(images.pixels, runtime.device)
     noise = ImageNoise(images.pixels, 0, runtime.device)
     noisy = scheduler.add_noise(x, noise(), torch.tensor(levels[0]))
-    for level, after in zip(levels, (*levels[1:], None), strict=True):
+    for level, after in zip(levels, (*levels[1:], 0), strict=True):
         # The scheduler steps evenly, so it is told how far each of ours goes.
-        scheduler.num_inference_steps = scheduler.config.num_train_timesteps
+        scheduler.num_inference_steps = 1000 // (level - after)
         predicted = prior.noise(noisy, level, runtime=runtime)
-        if after is None:
-            noisy = scheduler.step(predicted, level, noisy).pred_original_sample
-        else:
-            scheduler.num_inference_steps = 1000 // (level - after)
-            noisy = scheduler.step(predicted, level, noisy, use_clipped_model_output=True).prev_sample
-    assert int((found.short() - to_pixels(noisy).short()).abs().max()) <= 1
+        step = scheduler.step(predicted, level, noisy, use_clipped_model_output=True)
+        noisy = step.prev_sample
+    assert int((found.short() - to_pixels(step.pred_original_sample).short()).abs().max()) <= 1
 
 
 @pytest.mark.parametrize(

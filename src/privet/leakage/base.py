@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from privet.errors import UsageError
 from privet.leakage.client import Client, network_of
 from privet.leakage.labels import infer_labels
-from privet.leakage.moments import Tensors, sent_moments
-from privet.leakage.objective import Evidence
+from privet.leakage.moments import sent_moments
+from privet.leakage.objective import Evidence, Tensors
 from privet.leakage.problem import FAILED, Problem, Solved
 from privet.learning.checkpoint import load_state, save_state
 from privet.learning.job import Job
@@ -151,7 +151,7 @@ class Inversion(ABC):
         for first in range(0, len(members), max(2, together)):
             part = members[first : first + max(2, together)]
             finished = None if workspace is None else workspace / f"{first}.safetensors"
-            if finished is not None and (rows := _load(finished)):
+            if rows := _load(finished):
                 found += rows
                 continue
 
@@ -280,7 +280,7 @@ def _save(path: Path, rows: Sequence[Reconstruction]) -> None:
     save_state(path, tensors, {"members": rest})
 
 
-def _load(path: Path) -> list[Reconstruction]:
+def _load(path: Path | None) -> list[Reconstruction]:
     """Return what `_save` wrote, or nothing if it wrote nothing."""
     state = load_state(path)
     if state is None:

@@ -14,7 +14,8 @@ from torch.func import functional_call, grad, replace_all_batch_norm_modules_, v
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from privet.errors import UsageError
-from privet.leakage.moments import Tensors, watch
+from privet.leakage.moments import telling, watch
+from privet.leakage.objective import Tensors
 from privet.learning.update import Update, short
 from privet.models import create_model
 
@@ -81,7 +82,7 @@ class Client:
         if first.mode == "train":
             replace_all_batch_norm_modules_(module)
         seen: Tensors = {}
-        if first.statistics:
+        if telling(first):
             watch(module, seen)
 
         def stack(wanted: Mapping[str, str]) -> Tensors:
@@ -113,7 +114,7 @@ class Client:
         return self.simulate(x, y)[0]
 
     def simulate(self, x: Tensor, y: Tensor) -> tuple[Tensors, Tensors]:
-        """Return each member's update in units of a gradient, and what batch norm saw in its last step.
+        """Return each member's update in units of a gradient, and what batch norm saw in its step.
 
         Args:
             x: pixels in [0, 1], (members, images, channels, height, width).
@@ -121,7 +122,7 @@ class Client:
 
         Returns:
             Values by name in the record, (members, ...); and moments by batch norm, as `sent_moments` has them,
-            (members, 2, channels), if the records have any.
+            (members, 2, channels), where the records have them too.
         """
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
             found, moments = vmap(self._one)(self.parameters, self.buffers, x, y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor
@@ -13,7 +13,18 @@ from torch.optim import Optimizer
 
 from privet.leakage.base import Inversion
 from privet.leakage.moments import mismatch
-from privet.leakage.problem import CONVERGED, FAILED, HUGE, POINTS, Problem, Solved
+from privet.leakage.problem import (
+    CONVERGED,
+    FAILED,
+    HUGE,
+    POINTS,
+    Ends,
+    History,
+    Problem,
+    Solved,
+    read_search,
+    search_record,
+)
 from privet.learning.checkpoint import load_state, part, save_state
 from privet.learning.job import Job
 
@@ -86,12 +97,11 @@ class Descent(Inversion):
         constants = self._constants(problem)
         optimizer = self._optimizer(variables.values())
         ledger: _Ledger | None = None
-        path, first = job.file("descent.safetensors"), 1
-        if path is not None and (state := load_state(path)):
+        path, done = job.file("descent.safetensors"), 0
+        if state := load_state(path):
             tensors = {name: value.to(problem.evidence.floor.device) for name, value in state[0].items()}
-            ledger = _Ledger.restored(part(tensors, "ledger/"), state[1])
-            first = state[1]["step"] + 1
-            if first <= self.steps:
+            done, ledger = _Ledger.restored(part(tensors, "ledger/"), state[1])
+            if done < self.steps:
                 if len(ledger.rows) < len(problem.starts):
                     problem = problem.subset(ledger.rows)
                     constants = {name: value[ledger.rows] for name, value in constants.items()}
@@ -99,14 +109,14 @@ class Descent(Inversion):
                 optimizer = self._optimizer(variables.values())
                 for name, variable in variables.items():
                     optimizer.state[variable] = part(tensors, f"optimizer/{name}/")
-        for step in range(first, self.steps + 1):
+        for step in range(done + 1, self.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = self._rate((step - 1) / self.steps)
             x, y = self._decode(problem, {**variables, **constants})
             gradient, moments = problem.client.simulate(x, y)
             distance = self._distance(problem, gradient)
             loss = self._loss(problem, x, distance)
-            if problem.moments:
+            if self.batch_norm and problem.moments:
                 loss = loss + self.batch_norm * mismatch(moments, problem.moments)
             slopes = torch.autograd.grad(loss.sum(), list(variables.values()))
             found = x.detach(), y.detach(), distance.detach()
@@ -130,7 +140,7 @@ class Descent(Inversion):
                     constants = {name: value[kept] for name, value in constants.items()}
                     optimizer = _carry(optimizer, self._optimizer(variables.values()), kept)
             if path is not None and job.checkpoint_due(over):
-                record = {"step": self.steps if over else step, **ledger.record()}
+                record = search_record(self.steps if over else step, ledger.ends, ledger.history)
                 save_state(path, {**ledger.state(), **_state(variables, optimizer)}, record)
             report(step)
             if over:
@@ -142,33 +152,29 @@ class Descent(Inversion):
 class _Ledger:
     """What is kept of each member of a stack, also when it has left; `rows` are those still in it."""
 
+    TENSORS = ("rows", "open", "x", "y", "best", "limit")
+
     def __init__(self, x: Tensor, y: Tensor, distance: Tensor) -> None:
         self.rows = torch.arange(len(x), device=x.device)
         self.open = torch.ones_like(distance, dtype=torch.bool)
         self.x, self.y = torch.full_like(x, 0.5), torch.zeros_like(y)
         self.best = torch.full_like(distance, torch.inf)
         self.limit = EXPLODED * distance
-        self.ends: dict[int, tuple[int, str]] = {}
-        self.history: list[tuple[int, list[float]]] = []
+        self.ends: Ends = {}
+        self.history: History = []
 
     @classmethod
-    def restored(cls, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> _Ledger:
-        """Return the ledger that had this `state` and `record`."""
-        ledger = cls.__new__(cls)
-        ledger.rows, ledger.open = state["rows"], state["open"]
-        ledger.x, ledger.y, ledger.best, ledger.limit = (state[name] for name in ("x", "y", "best", "limit"))
-        ledger.ends = {row: (step, why) for row, step, why in record["ends"]}
-        ledger.history = [(step, row) for step, row in record["history"]]
-        return ledger
+    def restored(cls, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> tuple[int, Self]:
+        """Return the step after which a search was saved, and the ledger that had this `state` then."""
+        ledger = cls(state["x"], state["y"], state["best"])
+        for name in cls.TENSORS:
+            setattr(ledger, name, state[name])
+        step, ledger.ends, ledger.history = read_search(record)
+        return step, ledger
 
     def state(self) -> dict[str, Tensor]:
         """Return its tensors."""
-        names = ("rows", "open", "x", "y", "best", "limit")
-        return {f"ledger/{name}": getattr(self, name) for name in names}
-
-    def record(self) -> dict[str, Any]:
-        """Return the rest, as JSON values."""
-        return {"ends": [(row, *end) for row, end in self.ends.items()], "history": self.history}
+        return {f"ledger/{name}": getattr(self, name) for name in self.TENSORS}
 
     def enter(self, step: int, x: Tensor, y: Tensor, distance: Tensor, floor: Tensor, *, last: bool) -> None:
         """Keep what is better than before (or whatever is `last`), and mark the members that are done."""

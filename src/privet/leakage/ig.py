@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from privet.errors import UsageError
 from privet.leakage.descent import Descent
-from privet.leakage.moments import Tensors
+from privet.leakage.objective import Tensors
 from privet.leakage.pixels import start_pixels
 from privet.leakage.problem import Problem
 from privet.leakage.regularise import smoothness, squared_variation, total_variation

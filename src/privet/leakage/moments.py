@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from privet.leakage.objective import Tensors
 from privet.learning.update import Update, short
-
-Tensors = dict[str, Tensor]
 
 
 def batch_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
@@ -22,17 +21,25 @@ def batch_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm
     }
 
 
+def telling(update: Update) -> bool:
+    """Say whether batch norm's buffers were sent after a single step on the batch's own statistics.
+
+    Several steps leave a mixture, and in evaluation mode the buffers stay as they are.
+    """
+    return bool(update.statistics) and update.mode == "train" and update.local_steps == 1
+
+
 def sent_moments(update: Update, network: nn.Module) -> Tensors:
     """Return the mean and the unbiased variance of each channel before each batch norm, (2, channels), by its name.
 
     A batch norm moves its buffers by a known share towards what it sees, so the buffers before and
-    after one step give that away exactly. Several steps leave a mixture, which is not used.
+    after one step give that away exactly. There are none where the buffers are not `telling`.
 
     Args:
         update: the record.
         network: the network, for that share.
     """
-    if update.mode == "eval" or update.local_steps > 1:
+    if not telling(update):
         return {}
     found = {}
     for name, module in batch_norms(network).items():
@@ -71,9 +78,9 @@ def mismatch(found: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Tensor:
         found: by batch norm, (members, 2, channels).
         sent: the same; not empty.
     """
-    total = torch.zeros(())
+    each = []
     for name, truth in sent.items():
         variance = truth[:, 1].clamp_min(1e-6)
         apart = (found[name] - truth).square()
-        total = total.to(truth) + (apart[:, 0] / variance + apart[:, 1] / variance.square()).mean(1)
-    return total / len(sent)
+        each.append((apart[:, 0] / variance + apart[:, 1] / variance.square()).mean(1))
+    return torch.stack(each).mean(0)

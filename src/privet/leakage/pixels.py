@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from privet.leakage.lbfgs import LBFGS
-from privet.leakage.moments import Tensors
-from privet.leakage.problem import CONVERGED, FAILED, HUGE, POINTS, Problem, Solved
+from privet.leakage.objective import Tensors
+from privet.leakage.problem import (
+    CONVERGED,
+    FAILED,
+    HUGE,
+    POINTS,
+    Ends,
+    History,
+    Problem,
+    Solved,
+    read_search,
+    search_record,
+)
 from privet.learning.checkpoint import load_state, save_state
 from privet.learning.job import Job
 
@@ -66,18 +77,18 @@ def search_pixels(
 
     search = LBFGS(value, torch.cat([part.flatten(1) for part in start.values()], 1))
     limit = floor.clamp_min(CONVERGED[floor.dtype])
-    ends = dict.fromkeys((~search.active).nonzero()[:, 0].tolist(), (0, f"{FAILED}not finite at the start"))
+    ends: Ends = dict.fromkeys(
+        (~search.active).nonzero()[:, 0].tolist(), (0, f"{FAILED}not finite at the start")
+    )
     if idle is not None:
         search.active &= ~idle
-    history: list[tuple[int, list[float]]] = []
-    path, first = job.file("pixels.safetensors"), 0
-    if path is not None and (state := load_state(path)):
+    history: History = []
+    path, done = job.file("pixels.safetensors"), -1
+    if state := load_state(path):
         tensors, record = state
         search.restore({name: value.to(floor.device) for name, value in tensors.items()})
-        ends = {row: (step, why) for row, step, why in record["ends"]}
-        history = [(step, row) for step, row in record["history"]]
-        first = record["step"] + 1
-    for step in range(first, steps + 1):
+        done, ends, history = read_search(record)
+    for step in range(done + 1, steps + 1):
         if step:
             search.step()
             report(step)
@@ -90,11 +101,10 @@ def search_pixels(
         if not bool(search.active.any()):
             break
         if path is not None and job.checkpoint_due():
-            rows = [(row, *end) for row, end in ends.items()]
-            save_state(path, search.state(), {"step": step, "ends": rows, "history": history})
+            save_state(path, search.state(), search_record(step, ends, history))
     x, y = decode(search.point)
-    last = [ends.get(row, (steps, "steps")) for row in range(len(x))]
-    return Solved(x=x, y=y, steps=[step for step, _ in last], ends=[why for _, why in last], history=history)
+    rows = [ends.get(row, (steps, "steps")) for row in range(len(x))]
+    return Solved(x=x, y=y, steps=[step for step, _ in rows], ends=[why for _, why in rows], history=history)
 
 
 def _reason(arrived: bool, noisy: bool) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from privet.leakage.client import Client
-from privet.leakage.moments import Tensors
-from privet.leakage.objective import Evidence
+from privet.leakage.objective import Evidence, Tensors
 from privet.learning.update import Update
 from privet.seeds import generator
 
@@ -20,6 +20,23 @@ POINTS = 50  # of a history
 HUGE = 1e30  # stands for infinity in a history
 # What a member's end begins with if it came to numbers that are not finite.
 FAILED = "failed: "
+
+
+Ends = dict[int, tuple[int, str]]
+"""Of members that are done, the step and why."""
+History = list[tuple[int, list[float]]]
+"""Steps, and every member's distance then."""
+
+
+def search_record(step: int, ends: Ends, history: History) -> dict[str, Any]:
+    """Return how far a search is, as JSON values."""
+    return {"step": step, "ends": [(row, *end) for row, end in ends.items()], "history": history}
+
+
+def read_search(record: Mapping[str, Any]) -> tuple[int, Ends, History]:
+    """Return what `search_record` was given."""
+    ends = {row: (step, why) for row, step, why in record["ends"]}
+    return record["step"], ends, [(step, row) for step, row in record["history"]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from privet.errors import InputError, UsageError
 from privet.images.image_set import ImageSet
 from privet.leakage.defences import Defence
+from privet.leakage.moments import telling
 from privet.learning.update import Update, short
 from privet.learning.update_files import load_update
 from privet.seeds import generator
@@ -169,7 +170,7 @@ def threat_model(update: Update, *, aware: bool) -> list[str]:
     if update.labels is not None:
         known.append("labels")
     if update.statistics:
-        known.append("batch norm's statistics after the step" + (" (not used)" if several else ""))
+        known.append("batch norm's statistics after the step" + ("" if telling(update) else " (not used)"))
     says = [
         f"The attacker saw {what} of one client, in the plain: {sent:,} values.",
         f"It knows: {', '.join(known)}. It has no images of its own and changes nothing.",

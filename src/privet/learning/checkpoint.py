@@ -57,9 +57,9 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, A
     write_bytes(path, safetensors.torch.save(state, {"record": json.dumps(record)}))
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return what `save_state` wrote, on the processor, or None if it is absent."""
-    if not path.exists():
+def load_state(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return what `save_state` wrote, on the processor, or None if it is absent or there is no path."""
+    if path is None or not path.exists():
         return None
     with safetensors.safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["record"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from privet.errors import InputError
-from privet.files import RUN, WORKSPACE, claim, finish, read_json, sha256
+from privet.files import RUN, WORKSPACE, claim, finish, read_json
 from privet.images import align, open_images
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.train import Epoch, Learned, Learner, learn
@@ -69,10 +69,7 @@ def study(
         raise InputError(f"There is no weights file {weights}.")
     run: dict[str, Any] = {
         "privet": VERSION,
-        "learner": {
-            **asdict(learner),
-            "weights": sha256(weights.read_bytes()) if weights else None,
-        },
+        "learner": learner.record(),
         "seed": seed,
         "train": images.digest,
         "test": clean.digest,

@@ -10,12 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.errors import InputError, UsageError
+from privet.files import sha256
 from privet.images.augment import augmentation_for
 from privet.images.image_set import ImageSet
 from privet.learning.attack import frozen, pgd
@@ -91,6 +93,10 @@ class Learner:
                 f"Distortion needs at least 1 draw, and a share of the epochs from 0 to 1; got {self.draws} and "
                 f"{self.hard_share}."
             )
+
+    def record(self) -> dict[str, Any]:
+        """Return what a training depends on, as JSON values: weights by their hash, wherever they lie."""
+        return {**asdict(self), "weights": sha256(self.weights.read_bytes()) if self.weights else None}
 
     @property
     def step_size(self) -> float:

@@ -46,8 +46,12 @@ class Auto(Recovery):
             raise UsageError(f"auto needs at least two different candidates, got {self.candidates}.")
 
     def record(self) -> dict[str, Any]:
-        candidates = [candidate.record() for candidate in self.candidates]
-        return {"recovery": self.name, "settings": {"candidates": candidates, "images": self.images}}
+        settings = {
+            "candidates": [candidate.record() for candidate in self.candidates],
+            "images": self.images,
+            "learner": self.learner.record(),
+        }
+        return {"recovery": self.name, "settings": settings}
 
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         scores = self._scores(images, job)
