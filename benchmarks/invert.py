@@ -1,11 +1,12 @@
 """What gradients give away, and how fast ours finds out.
 
-    python benchmarks/invert.py --small    CIFAR-10 at 32 px, LeNets, one image: about an hour on one idle core
+    python benchmarks/invert.py --small    LeNets at 32 px, and ResNet-18: hours on one idle core
     python benchmarks/invert.py --speed    attacks side by side against one after the other: minutes
 
-Every victim has an image and a network of its own (weights uniform in ±0.5). DLG and IG get as much time as GRNN
-took for the same victims. The table resumes: every attacked victim is one line of results/invert-small.jsonl, with the
-hardware, and a line is never measured twice. Time is processor time on a CPU, so that other work does not count.
+Every victim has images and a network of its own (weights uniform in ±0.5). DLG and IG get as much time as GRNN
+took for the same victims. The table resumes: every image of an attacked victim is one line of
+results/invert-small.jsonl, with the hardware, and a line is never measured twice. Time is processor time on a CPU, so
+that other work does not count.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -46,25 +47,70 @@ DEFENCES = ("topk-90", "topk-99", "int8", "int4", "int3", "gaussian-0.01", "gaus
 SUCCESS = Success()
 CALIBRATION = 60  # steps that are timed to find how many fit: more than L-BFGS keeps
 
-Row = tuple[str, str, str]
-"""Target, attack ("grnn", "grnn-faithful", "dlg", "idlg", "ig") and defence ("none")."""
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        data: folder of test images below the data.
+        batch: images of each victim.
+        target: network.
+        attack: "grnn", "grnn-long", "grnn-faithful", "dlg", "idlg" or "ig".
+        defence: "none", or what `create_defence` knows.
+        victims: at most, or None for as many as are asked for.
+        together: side by side at most, or None likewise.
+    """
+
+    data: str = "cifar10"
+    batch: int = 1
+    target: str = TARGETS[0]
+    attack: str = "grnn"
+    defence: str = "none"
+    victims: int | None = field(default=None, compare=False)
+    together: int | None = field(default=None, compare=False)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells its lines from those of others."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.compare}
+
+    def owns(self, line: dict[str, Any], *, aware: bool | None = None) -> bool:
+        """Say whether a line belongs to it, and to attacks that were aware or not."""
+        mine = all(line[name] == value for name, value in self.key.items())
+        return mine and aware in (None, line["aware"])
 
 
 def rows() -> list[Row]:
     """Return the rows of the table in the order of their interest."""
-    plain = [(target, name, "none") for target in TARGETS for name in ("grnn", "idlg", "ig", "dlg")]
-    treated = [(TARGETS[0], "grnn", defence) for defence in DEFENCES]
-    return [*plain, *treated, *((target, "grnn-faithful", "none") for target in TARGETS)]
+    return [
+        *(Row(target=target, attack=name) for target in TARGETS for name in ("grnn", "idlg", "ig", "dlg")),
+        *(Row(defence=defence) for defence in DEFENCES),
+        Row(attack="grnn-long"),
+        *(Row(target=target, attack="grnn-faithful") for target in TARGETS),
+        *(Row(data="mnist-10k", batch=8, attack=name) for name in ("grnn", "ig")),
+        *(Row(batch=4, attack=name) for name in ("grnn", "ig")),
+        *(Row(target="resnet18-sigmoid", attack=name, victims=5, together=2) for name in ("grnn", "ig")),
+        *(Row(target="lenet-strided", attack=name) for name in ("grnn", "ig")),
+    ]
 
 
-def victims_of(images: ImageSet, target: str, numbers: Sequence[int], defence: str) -> list[Victim]:
-    """Return victims by their numbers, each with its image and weights."""
-    chosen = None if defence == "none" else create_defence(defence)
+def victims_of(images: ImageSet, row: Row, numbers: Sequence[int]) -> list[Victim]:
+    """Return victims by their numbers, each with its images and weights."""
+    defence = None if row.defence == "none" else create_defence(row.defence)
     found = []
     for number in numbers:
-        model = create_model(target, classes=images.classes, size=images.size, seed=number).train()
-        one = images.subset([number])
-        found += simulate(model, one, architecture=target, victims=1, defence=chosen, seed=number)
+        model = create_model(row.target, classes=images.classes, size=images.size, seed=number).train()
+        own = images.subset(list(range(number * row.batch, (number + 1) * row.batch)))
+        found += simulate(
+            model,
+            own,
+            architecture=row.target,
+            victims=1,
+            batch_size=row.batch,
+            defence=defence,
+            seed=number,
+        )
     return found
 
 
@@ -94,98 +140,101 @@ def fitting(name: str, target: list[Victim], allowed: float, runtime: Runtime) -
 def run_table(data: Path, device: str, count: int, together: int, minutes: float, only: str | None) -> None:
     """Fill the table as far as the time allows, and write it."""
     runtime, path = Runtime.find(device, "float32"), RESULTS / "invert-small.jsonl"
-    images = open_images(data / "test.parquet", limit=count)
     until = time.monotonic() + 60 * minutes
-    for target, name, defence in (row for row in rows() if only is None or only in "/".join(row)):
-        for first in range(0, count, together):
+    for row in rows():
+        if only is not None and only not in "/".join(map(str, row.key.values())):
+            continue
+        victims, beside = min(count, row.victims or count), min(together, row.together or together)
+        images = open_images(data / row.data / "test.parquet", limit=victims * row.batch, size=32)
+        for first in range(0, victims, beside):
             lines = read_lines(path)
-            done = {(one["target"], one["attack"], one["defence"], one["victim"]) for one in lines}
-            numbers = [
-                n
-                for n in range(first, min(first + together, count))
-                if (target, name, defence, n) not in done
-            ]
+            done = {line["victim"] for line in lines if row.owns(line)}
+            numbers = [n for n in range(first, min(first + beside, victims)) if n not in done]
             if not numbers:
                 continue
             if time.monotonic() > until:
                 break
-            found = victims_of(images, target, numbers, defence)
-            if name in ("grnn", "grnn-faithful"):
-                inversion: Inversion = GRNN.preset("faithful" if name == "grnn-faithful" else "default")
-            else:
-                took = [
-                    one["seconds"]
-                    for one in lines
-                    if (one["target"], one["attack"], one["defence"]) == (target, "grnn", "none")
-                ]
-                if not took:
-                    sys.exit(f"{name} gets the time of grnn on {target}, which is not measured yet.")
-                inversion = fitting(name, found, statistics.mean(took) * len(found), runtime)
-            measure(path, (target, name, defence), numbers, found, inversion, runtime)
-    write_bytes(RESULTS / "invert-small.md", markdown(read_lines(path), images, data).encode())
+            found = victims_of(images, row, numbers)
+            inversion = inversion_of(row, lines, found, runtime)
+            measure(path, row, numbers, found, inversion, runtime)
+    write_bytes(RESULTS / "invert-small.md", markdown(read_lines(path), data, count).encode())
+
+
+def inversion_of(
+    row: Row, lines: Sequence[dict[str, Any]], found: list[Victim], runtime: Runtime
+) -> Inversion:
+    """Return a row's attack, a rival's with the time that GRNN took."""
+    if row.attack == "grnn-long":
+        return GRNN().lasting(10)
+    if row.attack.startswith("grnn"):
+        return GRNN.preset("faithful" if row.attack == "grnn-faithful" else "default")
+    ours = replace(row, attack="grnn")
+    took = [line["seconds"] for line in lines if ours.owns(line)]
+    if not took:
+        sys.exit(f"{row.attack} gets the time of grnn on {row.target}, which is not measured yet.")
+    return fitting(row.attack, found, statistics.mean(took) * len(found), runtime)
 
 
 def measure(
     path: Path, row: Row, numbers: Sequence[int], found: list[Victim], inversion: Inversion, runtime: Runtime
 ) -> None:
-    """Attack some victims, and store and print a line for each and for each kind of attack."""
-    target, name, defence = row
+    """Attack some victims, and store and print a line for each of their images and each kind of attack."""
     started = seconds(runtime.device)
     runs = attack(found, inversion, runtime=runtime, success=SUCCESS)
     each = (seconds(runtime.device) - started) / len(found) / len(runs)
     for run in runs:
         for number, result, judged in zip(numbers, run.reconstructions, run.found, strict=True):
-            line: dict[str, Any] = {
-                "target": target,
-                "attack": name,
-                "defence": defence,
-                "aware": run.aware,
-                "victim": number,
-                **vars(judged[0]),
-                "end": result.end,
-                "steps": result.steps,
-                "distance": min(result.distance, 1e30),
-                "seconds": round(each, 2),
-                "together": len(found),
-                "hardware": hardware(runtime.device, torch.get_num_threads()),
-            }
-            append_line(path, line)
+            for image, one in enumerate(judged):
+                line: dict[str, Any] = {
+                    **row.key,
+                    "aware": run.aware,
+                    "victim": number,
+                    "image": image,
+                    **vars(one),
+                    "end": result.end,
+                    "steps": result.steps,
+                    "distance": min(result.distance, 1e30),
+                    "seconds": round(each, 2),
+                    "together": len(found),
+                    "hardware": hardware(runtime.device, torch.get_num_threads()),
+                }
+                append_line(path, line)
+            ratios = ", ".join(f"{one.psnr:.1f}" for one in judged)
             print(
-                f"{target:>22} {name:>13} {defence:>13} {'aware' if run.aware else 'naive'} victim {number}: "
-                f"{line['psnr']:.1f} dB, {line['outcome']}, {line['steps']} steps in {each:.1f} s",
+                f"{row.data} x {row.batch} {row.target:>22} {row.attack:>13} {row.defence:>13} "
+                f"{'aware' if run.aware else 'naive'} victim {number}: {ratios} dB, {judged[0].outcome}, "
+                f"{result.steps} steps in {each:.1f} s",
                 flush=True,
             )
 
 
-def markdown(lines: Sequence[dict[str, Any]], images: ImageSet, data: Path) -> str:
+def markdown(lines: Sequence[dict[str, Any]], data: Path, count: int) -> str:
     """Return the table."""
     text = [
-        "| target | attack | defence | knows it | victims | median PSNR, dB | lowest | highest | recovered |"
+        "| data | batch | target | attack | defence | knows it | victims | median PSNR, dB | lowest | highest |"
     ]
-    text[0] += " 95 % bounds | labels | s each |"
-    text.append("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for target, name, defence in rows():
-        for aware in (True, False) if defence != "none" else (True,):
-            chosen = [
-                one
-                for one in lines
-                if (one["target"], one["attack"], one["defence"], one["aware"])
-                == (target, name, defence, aware)
-            ]
+    text[0] += " images recovered | of victims | 95 % bounds | labels | s each |"
+    text.append("| --- | ---: |" + " --- |" * 4 + " ---: |" * 9)
+    for row in rows():
+        for aware in (True, False) if row.defence != "none" else (None,):
+            chosen = [line for line in lines if row.owns(line, aware=aware)]
+            name = f"| {row.data} | {row.batch} | {row.target} | {row.attack} | {row.defence} "
+            name += {None: "| ", True: "| yes ", False: "| no "}[aware]
             if not chosen:
-                text.append(f"| {target} | {name} | {defence} | | 0 | not measured | | | | | | |")
+                text.append(f"{name}| 0 | not measured" + " |" * 8)
                 continue
-            ratios = [one["psnr"] for one in chosen]
-            hits = sum(one["outcome"] == "recovered" for one in chosen)
-            low, high = clopper_pearson(hits, len(chosen))
+            ratios = [line["psnr"] for line in chosen]
+            victims = {line["victim"] for line in chosen}
+            lost = {line["victim"] for line in chosen if line["outcome"] == "recovered"}
+            low, high = clopper_pearson(len(lost), len(victims))
             text.append(
-                f"| {target} | {name} | {defence} | {'' if defence == 'none' else 'yes' if aware else 'no'} "
-                f"| {len(chosen)} | {statistics.median(ratios):.1f} | {min(ratios):.1f} | {max(ratios):.1f} "
-                f"| {hits} | {low:.0%} to {high:.0%} | {sum(one['label'] for one in chosen)} "
-                f"| {statistics.mean(one['seconds'] for one in chosen):.1f} |"
+                f"{name}| {len(victims)} | {statistics.median(ratios):.1f} | {min(ratios):.1f} | {max(ratios):.1f} "
+                f"| {sum(line['outcome'] == 'recovered' for line in chosen)} of {len(chosen)} | {len(lost)} "
+                f"| {low:.0%} to {high:.0%} | {sum(line['label'] for line in chosen)} "
+                f"| {statistics.mean(line['seconds'] for line in chosen):.1f} |"
             )
-    private = images.pixels.float() / 255
-    public = open_images(data / "train.parquet", limit=5000).pixels.float() / 255
+    private = open_images(data / "cifar10" / "test.parquet", limit=count).pixels.float() / 255
+    public = open_images(data / "cifar10" / "train.parquet", limit=5000).pixels.float() / 255
     drawn = ", ".join(
         f"{name} {statistics.median(psnr(other, private).tolist()):.1f} dB"
         for name, other in baselines(private, public).items()
@@ -193,9 +242,12 @@ def markdown(lines: Sequence[dict[str, Any]], images: ImageSet, data: Path) -> s
     text += [
         "",
         f"Recovered: at least {SUCCESS.psnr:g} dB, or SSIM of at least {SUCCESS.ssim:g}; set before the runs.",
+        "Bounds are those of the share of victims of whom an image was recovered.",
+        "",
+        f"Baselines, median over the first {count} test images of cifar10: {drawn} (public: 5,000 training images).",
+        "",
+        machines(lines),
     ]
-    text += ["", f"Baselines, median over these images: {drawn} (public: 5,000 training images)."]
-    text += ["", machines(lines)]
     return "\n".join(text) + "\n"
 
 
@@ -252,7 +304,7 @@ def run_speed(data: Path, device: str, count: int) -> None:
     runtime = Runtime.find(device, "float32")
     if runtime.device.type != "cpu":
         torch.set_default_device(runtime.device)
-    images = open_images(data / "test.parquet", limit=count)
+    images = open_images(data / "cifar10" / "test.parquet", limit=count)
     attacks: dict[str, Inversion] = {
         "ig": IG(steps=20),
         "grnn": GRNN(steps=20, polish=0),
@@ -260,7 +312,7 @@ def run_speed(data: Path, device: str, count: int) -> None:
     }
     result: dict[str, Any] = {"victims": count, "hardware": hardware(runtime.device, torch.get_num_threads())}
     for target in TARGETS:
-        updates = [victim.update for victim in victims_of(images, target, range(count), "none")]
+        updates = [victim.update for victim in victims_of(images, Row(target=target), range(count))]
         for name, inversion in attacks.items():
             replace(inversion, steps=2).invert(updates, runtime=runtime, together=count)  # warm up
             plain_loop(updates[:1], name, 2)
@@ -290,16 +342,18 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--small", action="store_true", help="the table")
     kind.add_argument("--speed", action="store_true", help="side by side against one after the other")
-    parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--data", type=Path, help="folder with cifar10 and mnist-10k")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--victims", type=int, help="how many (default: 20, for --speed 16)")
     parser.add_argument("--together", type=int, default=10, help="victims that are attacked side by side")
     parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after so many")
-    parser.add_argument("--only", help="rows with this in target/attack/defence")
+    parser.add_argument("--only", help="rows with this in data/batch/target/attack/defence")
     chosen = parser.parse_args()
-    data = chosen.data or Path(os.environ.get("PRIVET_DATA", "")) / "cifar10"
-    if not (data / "test.parquet").exists():
-        sys.exit(f"There is no {data / 'test.parquet'}; name its folder with --data, or set PRIVET_DATA.")
+    data = chosen.data or Path(os.environ.get("PRIVET_DATA", ""))
+    if not (data / "cifar10" / "test.parquet").exists():
+        sys.exit(
+            f"There is no {data / 'cifar10'}; name the folder of data sets with --data, or set PRIVET_DATA."
+        )
     if chosen.speed:
         run_speed(data, chosen.device, chosen.victims or 16)
     else:

@@ -101,8 +101,6 @@ def invert(
 
 def create_inversion(method: str, preset: str, budget: str, settings: list[str]) -> Inversion:
     """Return the inversion of this name, with settings as NAME=VALUE on top of its preset."""
-    import dataclasses
-
     from privet.cli.protect import parse_settings
     from privet.leakage import INVERSIONS
 
@@ -112,12 +110,7 @@ def create_inversion(method: str, preset: str, budget: str, settings: list[str])
         raise UsageError(f"Expected a budget default or long, got {budget!r}.")
     kind = INVERSIONS[method]
     inversion = kind.preset(preset, **parse_settings(kind, settings))
-    if budget == "default":
-        return inversion
-    lasting = {
-        name: 10 * getattr(inversion, name) for name in ("steps", "polish") if hasattr(inversion, name)
-    }
-    return dataclasses.replace(inversion, **lasting)
+    return inversion if budget == "default" else inversion.lasting(10)
 
 
 def _recorded(folder: Path, private: str | None) -> Victim:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
@@ -105,6 +105,10 @@ class Inversion(ABC):
         if name not in cls.PRESETS:
             raise UsageError(f"{cls.name} has no preset {name!r}; it has {', '.join(cls.PRESETS)}.")
         return cls(**{**cls.PRESETS[name], **settings})
+
+    def lasting(self, times: int) -> Self:
+        """Return the inversion with so many times the steps."""
+        return replace(self, steps=times * self.steps)
 
     def record(self) -> dict[str, Any]:
         """Return what the result depends on, as JSON values."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,9 @@ class GRNN(Descent):
             raise UsageError("Expected a width of at least 1 and a learning rate above 0.")
         if self.schedule not in ("cosine", "constant") or self.keep not in ("best", "last"):
             raise UsageError("Expected schedule cosine or constant, and keep best or last.")
+
+    def lasting(self, times: int) -> Self:
+        return replace(super().lasting(times), polish=times * self.polish)
 
     def _start(self, problem: Problem) -> dict[str, Tensor]:
         update = problem.update
