@@ -102,7 +102,7 @@ def test_grey_networks() -> None:
     ("side", "parameters"), [(32, 710_988), (64, 1_825_868), (128, 5_235_276), (256, 16_772_684)]
 )
 def test_the_generator_is_the_released_one(side: int, parameters: int) -> None:
-    weights = GRNN(width=32)._start(problem(side, members=1))
+    weights = GRNN.preset("faithful")._start(problem(side, members=1))
     assert sum(value.numel() for value in weights.values()) == parameters
 
 
@@ -112,7 +112,8 @@ def problem(side: int, *, members: int, grey: bool = False, known: bool = True) 
     client = Client(module=nn.Identity(), parameters={}, buffers={}, sent={}, update=update)
     evidence = Evidence.of([update] * members, aware=True, device=CPU, dtype=torch.float32)
     labels = torch.zeros(members, 2, dtype=torch.int64) if known else None
-    return Problem(client=client, evidence=evidence, known=labels, starts=tuple(range(members)), seed=0)
+    starts = tuple(range(members))
+    return Problem(client=client, evidence=evidence, known=labels, bias=None, starts=starts, seed=0)
 
 
 @pytest.mark.parametrize("grey", [False, True])
@@ -120,10 +121,13 @@ def problem(side: int, *, members: int, grey: bool = False, known: bool = True) 
 def test_the_generator_against_torch_s_layers(side: int, whole: int, grey: bool) -> None:
     """One member at a time, made of ConvTranspose2d, Upsample, Conv2d, BatchNorm2d and GLU."""
     task = problem(side, members=2, grey=grey)
-    weights = GRNN(width=4)._start(task)
+    weights = GRNN(width=4, coded=False)._start(task)
+    coded = GRNN(width=4)._start(task)
     z = task.draw("z", 2, NOISE)
     drawn = draw(weights, z, (side, side))
     assert drawn.shape == (2, 2, 1 if grey else 3, side, side)
+    torch.testing.assert_close(draw(coded, z, (side, side)), drawn)
+    assert "first" not in coded
     for member in range(2):
         own = {name: value[member] for name, value in weights.items()}
         first = nn.ConvTranspose2d(NOISE, len(own["bias"]), 4)

@@ -15,13 +15,14 @@ from tests.leakage.victims import victims
 
 from privet.errors import UsageError
 from privet.leakage import Reconstruction
-from privet.leakage.client import network_of
+from privet.leakage.client import Client, network_of
 from privet.leakage.labels import (
     Head,
     by_counts,
     by_rows,
     by_sign,
     by_smallest,
+    count_again,
     infer_labels,
     labels_of,
 )
@@ -154,6 +155,28 @@ def test_many_labels_by_their_counts(without: tuple[str, ...]) -> None:
         update = replace(victim.update, values=values)
         found = infer_labels(update, network_of(update))
         assert found.tolist() == sorted(victim.labels)
+
+
+def test_labels_are_counted_again_from_the_images() -> None:
+    """With the true images the counts are exact; who may keep a label keeps it."""
+    found = victims(2, batch_size=4, architecture="lenet-strided-sigmoid")
+    client = Client.of(
+        [one.update for one in found],
+        network_of(found[0].update),
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+    )
+    biases = [Head.of(one.update).bias for one in found]
+    bias = torch.stack([one.double() for one in biases if one is not None])
+    x = torch.stack([one.images.double() for one in found if one.images is not None])
+    truth = torch.tensor([one.labels for one in found])
+    assert torch.equal(count_again(truth, bias, client, x), truth)
+    wrong = truth.clone()
+    wrong[0, 2] = (truth[0, 2] + 1) % 3
+    again = count_again(wrong, bias, client, x)
+    assert again.sort(1).values.tolist() == truth.sort(1).values.tolist()
+    assert int((again[0] != wrong[0]).sum()) == 1
+    assert torch.equal(again[1], truth[1])
 
 
 @settings(max_examples=50, deadline=None)

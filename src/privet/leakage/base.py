@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from privet.errors import UsageError
 from privet.leakage.client import Client, network_of
-from privet.leakage.labels import infer_labels
+from privet.leakage.labels import Head, infer_labels
 from privet.leakage.moments import sent_moments
 from privet.leakage.objective import Evidence, Tensors
 from privet.leakage.problem import FAILED, Problem, Solved
@@ -202,22 +202,21 @@ class Inversion(ABC):
         client = Client.of(updates, network, device=device, dtype=dtype)
         moments = [sent_moments(update, network) for update in updates]
         labels = [one for one in known if one is not None]  # of all members or of none, see Client
-        evidence = Evidence.of(updates, aware=self.aware, balanced=self._balanced, device=device, dtype=dtype)
+        counted = labels and updates[0].labels is None and updates[0].images > 1
+        heads = [Head.of(update).bias for update in updates] if counted else []
+        biases = [bias for bias in heads if bias is not None]
+        evidence = Evidence.of(updates, aware=self.aware, device=device, dtype=dtype)
         return Problem(
             client=client,
             evidence=evidence,
             known=torch.stack(labels).to(device) if labels else None,
+            bias=torch.stack(biases).to(device, dtype) if biases else None,
             starts=starts,
             seed=seed,
             moments={
                 name: torch.stack([one[name] for one in moments]).to(device, dtype) for name in moments[0]
             },
         )
-
-    @property
-    def _balanced(self) -> bool:
-        """Whether every tensor counts, however small, not every value."""
-        return False
 
     @abstractmethod
     def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:

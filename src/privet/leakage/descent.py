@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, final
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from privet.leakage.base import Inversion
+from privet.leakage.labels import count_again
 from privet.leakage.moments import mismatch
 from privet.leakage.problem import (
     CONVERGED,
@@ -29,12 +30,16 @@ from privet.learning.checkpoint import load_state, part, save_state
 from privet.learning.job import Job
 
 EXPLODED = 1e6  # times a member's first distance
+RECOUNTS = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the steps after which labels are counted again
 CHECK = 25  # steps between looks at who is done
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Inversion):
     """An inversion that follows the gradient of a loss in variables of its own.
+
+    Labels of a batch that were inferred are counted again along the way, from what the network makes of the images
+    so far (labels.py).
 
     A member that ends (its numbers are not finite, it has reached the noise floor, nothing is left to
     gain) keeps what it has from that step on, and is taken out of the stack soon after.
@@ -109,6 +114,8 @@ class Descent(Inversion):
                 optimizer = self._optimizer(variables.values())
                 for name, variable in variables.items():
                     optimizer.state[variable] = part(tensors, f"optimizer/{name}/")
+                problem = replace(problem, known=tensors.get("known"))
+        recounts = {round(share * self.steps) for share in RECOUNTS}
         for step in range(done + 1, self.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = self._rate((step - 1) / self.steps)
@@ -129,6 +136,9 @@ class Descent(Inversion):
                 self._project(variables)
             if step % max(1, self.steps // POINTS) == 0:
                 ledger.note(step)
+            if problem.known is not None and problem.bias is not None and step in recounts:
+                again = count_again(problem.known, problem.bias, problem.client, found[0])
+                problem = replace(problem, known=again)
             over = step == self.steps
             if step % CHECK == 0 and (kept := ledger.leave()) is not None:
                 over = over or not len(kept)
@@ -141,11 +151,14 @@ class Descent(Inversion):
                     optimizer = _carry(optimizer, self._optimizer(variables.values()), kept)
             if path is not None and job.checkpoint_due(over):
                 record = search_record(self.steps if over else step, ledger.ends, ledger.history)
-                save_state(path, {**ledger.state(), **_state(variables, optimizer)}, record)
+                known = {} if problem.known is None else {"known": problem.known}
+                save_state(path, {**ledger.state(), **_state(variables, optimizer), **known}, record)
             report(step)
             if over:
                 break
         assert ledger is not None
+        if whole.bias is not None:
+            whole = replace(whole, known=ledger.y.argmax(2))
         return self._refine(whole, ledger.solved(self.steps), job)
 
 

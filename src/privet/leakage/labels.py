@@ -6,6 +6,7 @@ B images has db_c = (1/B) sum_i (p_ic - [y_i = c]) and dW_c = (1/B) sum_i (p_ic 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,33 @@ def labels_of(counts: Tensor, images: int) -> Tensor:
     while int(whole.sum()) < images:
         whole[(counts - whole).argmax()] += 1
     return torch.arange(len(counts)).repeat_interleave(whole)
+
+
+@torch.no_grad()
+def count_again(labels: Tensor, bias: Tensor, client: Client, x: Tensor) -> Tensor:
+    """Return the labels by counts from images that are nearer to the truth than random ones.
+
+    Args:
+        labels: as they were counted before, (members, images).
+        bias: what was sent for the last layer's, (members, classes).
+        client: of these members.
+        x: what they have found so far, (members, images, channels, height, width).
+
+    Returns:
+        (members, images); an image keeps its label if there is still one to keep.
+    """
+    probabilities = client.logits(x).softmax(2).mean(1)
+    again = labels.clone()
+    for member, counts in enumerate(x.shape[1] * (probabilities - bias)):
+        left = Counter(labels_of(counts.cpu(), x.shape[1]).tolist())
+        lost = []
+        for image, label in enumerate(labels[member].tolist()):
+            if left[label]:
+                left[label] -= 1
+            else:
+                lost.append(image)
+        again[member, lost] = torch.tensor(sorted(left.elements()), dtype=again.dtype, device=again.device)
+    return again
 
 
 @torch.no_grad()

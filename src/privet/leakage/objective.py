@@ -35,7 +35,6 @@ class Evidence:
         energy: (members,), the distance of a gradient of zero: the unit of relative distances.
         temperature: (members,), what minus the log-likelihood is to be multiplied with to give the distance.
         equations: (members,), how many values were sent.
-        weights: of each tensor's share in the distance, (members,), or none if all weigh the same.
     """
 
     low: Tensors
@@ -46,7 +45,6 @@ class Evidence:
     energy: Tensor
     temperature: Tensor
     equations: Tensor
-    weights: Tensors
 
     @classmethod
     def of(
@@ -54,15 +52,10 @@ class Evidence:
         updates: Sequence[Update],
         *,
         aware: bool,
-        balanced: bool = False,
         device: torch.device,
         dtype: torch.dtype,
     ) -> Self:
-        """Read the updates; if not `aware`, as if nothing had been done to them.
-
-        If `balanced`, a tensor weighs the inverse of its own length, so that large layers do not drown
-        small ones; not under noise, where that would take the noise of small ones for news.
-        """
+        """Read the updates; if not `aware`, as if nothing had been done to them."""
         read: list[tuple[Tensors, Treatment]] = []
         for update in updates:
             values, treatment = update.as_gradient()
@@ -83,11 +76,8 @@ class Evidence:
             energy=torch.ones_like(scale),
             temperature=torch.where(laplace, scale, 2 * scale.square()),
             equations=told,
-            weights={},
         )
         nothing = {name: torch.zeros_like(value) for name, value in low.items()}
-        if balanced:
-            evidence = replace(evidence, weights=evidence._balance(nothing))
         energy = evidence.distance(nothing)  # signs say nothing of size: zero fits them all
         return replace(evidence, energy=torch.where(energy > 0, energy, 1.0))
 
@@ -104,7 +94,6 @@ class Evidence:
             energy=self.energy[kept],
             temperature=self.temperature[kept],
             equations=self.equations[kept],
-            weights={name: value[kept] for name, value in self.weights.items()},
         )
 
     def distance(self, gradient: Tensors) -> Tensor:
@@ -120,7 +109,7 @@ class Evidence:
             squares = rest.square().flatten(1).sum(1)
             if bool(self.laplace.any()):
                 squares = torch.where(self.laplace, rest.abs().flatten(1).sum(1), squares)
-            total = total + squares * self.weights.get(name, 1.0)
+            total = total + squares
         return total
 
     def cosine(self, gradient: Tensors) -> Tensor:
@@ -134,16 +123,6 @@ class Evidence:
             other = other + nearest.square().flatten(1).sum(1)
         tiny = torch.finfo(length.dtype).tiny
         return 1 - product / (length.clamp_min(tiny) * other.clamp_min(tiny)).sqrt()
-
-    def _balance(self, nothing: Tensors) -> Tensors:
-        lengths = {
-            name: (value - self._nearest(name, value)).square().flatten(1).sum(1).sqrt()
-            for name, value in nothing.items()
-        }
-        noisy = self.temperature > 0
-        return {  # a tensor that says nothing of its size (signs) weighs 1
-            name: torch.where(noisy | (length == 0), 1.0, 1 / length) for name, length in lengths.items()
-        }
 
     def _nearest(self, name: str, value: Tensor) -> Tensor:
         """Return what the intervals hold that is nearest to `value`."""
