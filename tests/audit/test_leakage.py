@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -13,15 +14,17 @@ import pytest
 import torch
 from tests.leakage.victims import SMALL, blocks
 from tests.report.test_report import Checker
+from torch import nn
 
 from privet.audit import Clients, LeakageAudit, LeakagePlan, audit_leakage
 from privet.audit.leakage import gradient_errors, layers_of, needed_victims
 from privet.audit.leakage_plan import Setting
+from privet.audit.utility import defended_accuracy
 from privet.cli import main
 from privet.errors import OVER_LIMIT, InputError, OutputError, UsageError
 from privet.images import ImageSet
 from privet.leakage import DLG, IG, Analytic, Embedder, Gallery
-from privet.leakage.defences import create_defence
+from privet.leakage.defences import Defence, create_defence
 from privet.leakage.identify import Identified
 from privet.leakage.measure import OUTCOMES, Success, psnr
 from privet.leakage.victims import simulate
@@ -29,6 +32,7 @@ from privet.learning import Runtime
 from privet.learning.confidence import clopper_pearson
 from privet.models import create_model
 from privet.report import write_leakage_report
+from privet.seeds import derive, generator
 
 Make = Callable[..., Path]
 PLAN = LeakagePlan(inversions=(IG(steps=2),), defences=("topk-50",), clients=Clients(victims=2))
@@ -215,6 +219,82 @@ def test_the_price_of_a_defence() -> None:
         )  # type: ignore[attr-defined]
 
 
+def plain_training(model: nn.Module, rounds: int, victims: int) -> nn.Module:
+    """Train by the mean gradient of each round's images, as one would without clients."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for number in range(rounds):
+        order = torch.randperm(6, generator=generator(derive(0, "round", number), "victims"))[:victims]
+        x, y = blocks(6).pixels[order].float() / 255, blocks(6).labels[order]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("architecture", [SMALL, "resnet8-w4"])
+def test_training_without_a_defence_is_plain_training(
+    architecture: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all clients' images together; with batch norm of one client's, for its statistics are each client's own."""
+    model = create_model(architecture, classes=3, size=(16, 16), seed=1).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained: list[nn.Module] = []
+
+    def keep(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> float:
+        trained.append(model)
+        return 0.5
+
+    monkeypatch.setattr("privet.audit.utility.accuracy", keep)
+    clients = Clients(victims=4) if architecture == SMALL else Clients(victims=1, batch_size=4)
+    for defence in (None, create_defence("gaussian-1")):
+        assert 0.5 == defended_accuracy(
+            model,
+            blocks(6),
+            blocks(6),
+            architecture=architecture,
+            clients=clients,
+            defence=defence,
+            rounds=5,
+            seed=0,
+            runtime=runtime,
+        )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    expected = plain_training(copy.deepcopy(model), 5, 4).state_dict()
+    plain, noisy = (one.state_dict() for one in trained)
+    for name, value in expected.items():
+        torch.testing.assert_close(plain[name], value, atol=1e-4, rtol=1e-4)
+    assert any(not torch.allclose(noisy[name], value, atol=2e-3) for name, value in expected.items())
+
+
+def test_what_defences_cost_is_measured_once(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def found(*given: Any, defence: Defence | None, **more: Any) -> float:
+        asked.append(defence and defence.name)
+        return 0.25 if defence else 0.75
+
+    monkeypatch.setattr("privet.audit.leakage.defended_accuracy", found)
+    for _ in range(2):
+        report = write_leakage_report(audit(tmp_path, runtime, test=blocks(8)), tmp_path)
+    assert asked == [None, "topk-50"]
+    assert [one["accuracy"] for one in report["defences"]] == [0.75, 0.25]
+    assert report["chance"] == 3 / 8
+    words = " ".join((tmp_path / "report.html").read_text().split())
+    assert "Naming the commonest class comes to 37.5 %" in words
+    assert "not measured" not in words
+    assert "nothing-learned" not in {doubt["name"] for doubt in report["doubts"]}
+    (tmp_path / "accuracies.jsonl").write_text('{"defence": "none"}\n')
+    with pytest.raises(OutputError, match="accuracies.jsonl is damaged"):
+        audit(tmp_path, runtime, test=blocks(8))
+    (tmp_path / "accuracies.jsonl").unlink()
+    monkeypatch.setattr("privet.audit.leakage.defended_accuracy", lambda *given, **more: 0.4)
+    report = write_leakage_report(audit(tmp_path, runtime, test=blocks(8)), tmp_path)
+    assert "nothing-learned" in {doubt["name"] for doubt in report["doubts"]}
+
+
 @pytest.mark.parametrize("limit", [0.5, 0.05])
 def test_how_many_victims_a_limit_takes(limit: float) -> None:
     count = needed_victims(limit)
@@ -244,7 +324,8 @@ def test_the_page(tmp_path: Path, runtime: Runtime) -> None:
     assert all(row["control"]["victims_recovered"] == 2 for row in report["settings"])
     assert [one["defence"] for one in report["defences"]] == ["none", "topk-50"]
     assert report["defences"][0]["naive"] is None
-    assert report["defences"][1]["accuracy"] == "not measured"
+    assert report["defences"][1]["accuracy"] is None
+    assert "which was not measured" in words
     shown = [one["psnr"] for one in report["shown"]]
     assert shown == sorted(shown, reverse=True)
     assert {doubt["name"] for doubt in report["doubts"]} >= {"few-victims", "one-method"}
@@ -311,6 +392,10 @@ def test_the_command(tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFi
         "--defences",
         "int8",
         "--no-layers",
+        "--test",
+        str(folder),
+        "--rounds",
+        "3",
     ]
     out = ["--out", str(tmp_path / "out")]
     assert main([*given, *more, *out]) == 0
@@ -318,6 +403,8 @@ def test_the_command(tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFi
     settings = {one["inversion"]: one["settings"] for one in run["plan"]["inversions"]}
     assert settings["ig"]["learning_rate"] == 0.1
     assert settings["dlg"]["steps"] == 2
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(0 <= one["accuracy"] <= 1 for one in report["defences"])
     capsys.readouterr()
     # A limit is no part of the run: the same folder is judged again, and nothing is repeated.
     assert main([*given, *more, *out, "--fail-above", "0.05"]) == OVER_LIMIT
@@ -347,6 +434,8 @@ def test_commands_that_cannot_work(
         ([], UsageError.exit_code, "give either --model or --architecture"),
         ([*named, "--methods", "guess"], UsageError.exit_code, "Unknown method 'guess'"),
         ([*named, "--set", "dlg.steps=2"], UsageError.exit_code, "not among --methods"),
+        ([*named, "--rounds", "0"], UsageError.exit_code, "at least one round"),
+        ([*named, "--test", str(tmp_path / "none")], InputError.exit_code, ""),
         ([*named, "--fail-above", "5"], UsageError.exit_code, "a share above 0 and at most 1"),
         ([*named, "--batch-size", "4"], UsageError.exit_code, "need 8 images, got 6"),
         ([*named, "--identified"], UsageError.exit_code, "takes a gallery"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.audit.leakage_plan import LAYER, NONE, LeakagePlan, Setting, Store
+from privet.audit.utility import defended_accuracy
 from privet.files import WORKSPACE, claim, finish
 from privet.images import ImageSet
 from privet.leakage import Gallery
@@ -40,6 +41,8 @@ class LeakageAudit:
         images: what each setting found, matched to the private images, uint8.
         victims: by defence, in one order.
         errors: of each defence: see `gradient_errors`.
+        accuracies: of networks trained with each defence (see `defended_accuracy`), or none without test images.
+        chance: the accuracy of a guess: the share of the commonest class of the test images; 0 without any.
         public: images of the same kind, in [0, 1], or None.
         gallery: photographs to be identified in, or None.
         run: what the results depend on.
@@ -50,6 +53,8 @@ class LeakageAudit:
     images: dict[Setting, Tensor]
     victims: dict[str, list[Victim]]
     errors: dict[str, dict[str, float]]
+    accuracies: dict[str, float]
+    chance: float
     public: Tensor | None
     gallery: Gallery | None
     run: dict[str, Any]
@@ -74,6 +79,7 @@ def audit_leakage(
     plan: LeakagePlan,
     runtime: Runtime,
     source: dict[str, Any],
+    test: ImageSet | None = None,
     public: Tensor | None = None,
     gallery: Gallery | None = None,
     progress: Progress = silent,
@@ -89,6 +95,7 @@ def audit_leakage(
         plan: the grid.
         runtime: where.
         source: where images and network come from, for the report.
+        test: images with the same classes, to measure what each defence costs in accuracy, or None.
         public: images of the same kind that are not private, in [0, 1], for the baselines.
         gallery: of the people whom the images show; the private photographs are left out.
         progress: told about steps.
@@ -115,6 +122,7 @@ def audit_leakage(
         "plan": plan.record(),
         "source": source,
         "victims": digest(victims[NONE], public),
+        "test": test and test.digest,
         "gallery": gallery and gallery.record(),
         "device": describe_device(runtime.device, torch.get_num_threads()),
         "torch": torch.__version__,
@@ -140,6 +148,23 @@ def audit_leakage(
             shutil.rmtree(unfinished, ignore_errors=True)
         if finished is not None:
             finished(setting, store.results[setting], done, len(settings))
+    if test is not None:
+        for name in victims:
+            if name in store.accuracies:
+                continue
+            trained = defended_accuracy(
+                model,
+                images,
+                test,
+                architecture=architecture,
+                clients=plan.clients,
+                defence=None if name == NONE else create_defence(name),
+                rounds=plan.rounds,
+                seed=plan.seed,
+                runtime=runtime,
+                progress=progress,
+            )
+            store.add_accuracy(name, trained)
     finish(out, run, {})
     return LeakageAudit(
         plan=plan,
@@ -147,6 +172,8 @@ def audit_leakage(
         images={setting: store.images(setting) for setting in settings},
         victims=victims,
         errors={name: gradient_errors(victims[NONE], treated) for name, treated in victims.items()},
+        accuracies=store.accuracies,
+        chance=0.0 if test is None else float(torch.bincount(test.labels).max()) / len(test),
         public=public,
         gallery=gallery,
         run=run,
@@ -163,7 +190,7 @@ def layers_of(model: nn.Module) -> list[str]:
 
 
 def gradient_errors(plain: Sequence[Victim], treated: Sequence[Victim]) -> dict[str, float]:
-    """Return how far defended updates are from true ones: a stand-in for what the defence costs in accuracy.
+    """Return how far defended updates are from true ones.
 
     The relative L2 error after the best common scaling, sqrt(1 - cosine^2), which a learning rate cannot mend:
     0 if nothing was lost, 1 if nothing is left.

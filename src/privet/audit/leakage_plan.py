@@ -18,7 +18,7 @@ from privet.leakage.defences import create_defence
 from privet.leakage.measure import Success
 from privet.models.weights import read_tensors
 
-CELLS, IMAGES = "cells.jsonl", "cells"
+CELLS, IMAGES, ACCURACIES = "cells.jsonl", "cells", "accuracies.jsonl"
 NONE = "none"
 PLAIN, AWARE, NAIVE, LAYER = "plain", "aware", "naive", "layer"
 
@@ -68,6 +68,7 @@ class LeakagePlan:
         layers: whether single layers are attacked.
         clients: who is attacked.
         success: what counts as recovered, fixed before the runs.
+        rounds: steps of the server in the training that shows what a defence costs, if there are test images.
         seed: of the choice of images, the defences and the attacks.
     """
 
@@ -76,6 +77,7 @@ class LeakagePlan:
     layers: bool = True
     clients: Clients = field(default_factory=Clients)
     success: Success = field(default_factory=Success)
+    rounds: int = 300
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +89,8 @@ class LeakagePlan:
                 raise UsageError(
                     f"An audit needs at least one {kind}, and each only once; got {list(names)}."
                 )
+        if self.rounds < 1:
+            raise UsageError(f"Expected at least one round, got {self.rounds}.")
         for defence in self.defences:
             if defence != NONE:
                 create_defence(defence)
@@ -124,25 +128,33 @@ class LeakagePlan:
             "layers": self.layers,
             "clients": asdict(self.clients),
             "success": asdict(self.success),
+            "rounds": self.rounds,
             "seed": self.seed,
         }
 
 
 class Store:
-    """Finished settings: one JSON line each, and a file with the images that were found."""
+    """Finished settings: one JSON line each, and a file with the images that were found.
+
+    Attributes:
+        results: of each finished setting.
+        accuracies: after training with each defence, as far as that was measured.
+    """
 
     def __init__(self, out: Path) -> None:
-        self.path, self.folder = out / CELLS, out / IMAGES
+        self.path, self.folder, self.trained = out / CELLS, out / IMAGES, out / ACCURACIES
         self.results: dict[Setting, dict[str, Any]] = {}
+        self.accuracies: dict[str, float] = {}
+        path = self.path
         try:
-            for line in read_lines(self.path):
+            for line in read_lines(path):
                 setting = Setting(**line["setting"])
                 if self._file(setting).exists():
                     self.results[setting] = line["result"]
+            path = self.trained
+            self.accuracies = {line["defence"]: float(line["accuracy"]) for line in read_lines(path)}
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(
-                f"{self.path} is damaged: {error!r}. Delete it to run its cells again."
-            ) from error
+            raise OutputError(f"{path} is damaged: {error!r}. Delete it to run its cells again.") from error
 
     def add(self, setting: Setting, result: dict[str, Any], images: Tensor, *, seconds: float) -> None:
         """Keep a finished setting; the line comes last, so a kill in between repeats the setting."""
@@ -151,6 +163,11 @@ class Store:
         line = {"setting": asdict(setting), "result": result, "seconds": round(seconds, 2)}
         append_line(self.path, line)
         self.results[setting] = result
+
+    def add_accuracy(self, defence: str, accuracy: float) -> None:
+        """Keep what training with a defence came to."""
+        append_line(self.trained, {"defence": defence, "accuracy": accuracy})
+        self.accuracies[defence] = accuracy
 
     def images(self, setting: Setting) -> Tensor:
         """Return what a setting found, uint8, (images, 3, height, width)."""

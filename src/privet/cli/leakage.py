@@ -29,6 +29,8 @@ def leakage(
     set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
     victims: int = 10,
     layers: bool = True,
+    test: str | None = None,
+    rounds: int = 300,
     fail_above: float | None = None,
     hide: Annotated[bool, Parameter(negative="")] = False,
     seed: int = 0,
@@ -60,6 +62,11 @@ def leakage(
         Simulated clients.
     layers
         Whether single layers are attacked as well, by the first method; --no-layers for deep networks.
+    test
+        Images with the same classes, to measure what each defence costs: the accuracy of a network that such clients
+        train, each round with new images of the source.
+    rounds
+        Of that training.
     fail_above
         End with exit code 9 if the upper 95 % bound of the share of clients who lose an image exceeds this share under
         any of --defences.
@@ -76,6 +83,7 @@ def leakage(
     """
     from privet.audit import Clients as Simulated
     from privet.audit import LeakagePlan, audit_leakage
+    from privet.images import align, open_images
     from privet.learning import Runtime
     from privet.report import write_leakage_report
 
@@ -88,10 +96,12 @@ def leakage(
         layers=layers,
         clients=Simulated(victims=victims, **clients.settings),
         success=judgement.success,
+        rounds=rounds,
         seed=seed,
     )
     with progress() as listener:
         network, name, images = clients.open(source, seed=seed)
+        tested = None if test is None else align(open_images(test, size=images.size), images.class_names)
         found = audit_leakage(
             network,
             images,
@@ -99,7 +109,8 @@ def leakage(
             out=out,
             plan=plan,
             runtime=here,
-            source={"source": source, "model": clients.network},
+            source={"source": source, "model": clients.network, "test": test},
+            test=tested,
             **judgement.open(images.size, here),
             progress=listener,
             finished=_finished,

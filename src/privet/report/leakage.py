@@ -21,6 +21,7 @@ from privet.report.pages import pages
 
 JSON, PAGE = "report.json", "report.html"
 ROWS = 8  # private images that are shown
+LEARNED = 1.5  # times the accuracy of a guess
 FIVE = 0.05  # a share of success that many would still accept
 
 
@@ -56,6 +57,7 @@ def summarise_leakage(audit: LeakageAudit) -> dict[str, Any]:
         "settings": settings,
         "layers": [_row(audit, one) for one in audit.results if one.attacker == LAYER],
         "defences": [_defence(audit, name, settings) for name in audit.victims],
+        "chance": audit.chance,
         "baselines": baselines,
         "identification": {} if audit.gallery is None else control_rows(audit.victims[NONE], audit.gallery),
         "victims": {str(one.name): audit.results[one]["victims"] for one in audit.results},
@@ -80,6 +82,7 @@ def render_leakage(report: dict[str, Any], *, pictures: dict[str, dict[str, Any]
             losses=loss_curves(report),
             ratios=psnr_curves(report),
             bars=layer_bars(report) if report["layers"] else "",
+            measured=report["defences"][0]["accuracy"] is not None,
             plot=frontier(report) if len(report["defences"]) > 1 else "",
             pictures={
                 name: {**picture, "png": base64.b64encode(picture["png"]).decode()}
@@ -122,7 +125,7 @@ def _defence(audit: LeakageAudit, name: str, settings: list[dict[str, Any]]) -> 
         "defence": name,
         "gradient_error": audit.errors[name]["one"],
         "mean_gradient_error": audit.errors[name]["mean"],
-        "accuracy": "not measured",
+        "accuracy": audit.accuracies.get(name),
         "equations": rows[0]["equations"],
         "best": best(rows),
         "naive": None if name == NONE else best([row for row in rows if row["attacker"] == NAIVE]),
@@ -181,6 +184,14 @@ def _doubts(
         for row in settings
         if row["judged"] and _recognised(row)
     ]
+    if audit.accuracies and audit.accuracies[NONE] < LEARNED * audit.chance:
+        doubts.append(
+            (
+                "nothing-learned",
+                f"Training without a defence came to {audit.accuracies[NONE]:.1%}, where naming the commonest class "
+                f"comes to {audit.chance:.1%}: the accuracies say nothing of the defences. Give it more --rounds.",
+            )
+        )
     count = audit.plan.clients.victims
     bound = clopper_pearson(0, count)[1]
     if bound > FIVE:

@@ -97,12 +97,16 @@ def layer_bars(report: dict[str, Any]) -> str:
 
 
 def frontier(report: dict[str, Any]) -> str:
-    """Draw each defence by its price and by the success of the best attack, with 95 % bounds."""
+    """Draw each defence by its price and by the success of the best attack, with 95 % bounds.
+
+    The price is read off the accuracy after training with it, or off the error of the mean update.
+    """
+    measured = report["defences"][0]["accuracy"] is not None
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.4, 3.6))
         for number, one in enumerate(report["defences"]):
-            price = one["mean_gradient_error"]
-            for key, colour, shift in (("best", RED, 0.0), ("naive", AMBER, 0.006)):
+            price = 100 * one["accuracy"] if measured else one["mean_gradient_error"]
+            for key, colour, shift in (("best", RED, 0.0), ("naive", AMBER, 0.6 if measured else 0.006)):
                 found = one[key]
                 if found is None:
                     continue
@@ -130,8 +134,18 @@ def frontier(report: dict[str, Any]) -> str:
             axis.plot([], [], mark, color=colour, markersize=5, label=words)
         axis.legend(fontsize=8, frameon=False, loc="upper right")
         axis.set_ylim(-4, 108)
-        axis.set_xlim(-0.03, 1.05)
-        axis.set_xlabel("error of the mean update: 0 nothing lost, 1 nothing left (a stand-in for accuracy)")
+        if measured:
+            highest = max(one["accuracy"] for one in report["defences"])
+            axis.set_xlim(0, 120 * highest + 1)
+            axis.axvline(100 * report["chance"], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+            axis.set_xlabel(
+                "accuracy after training with the defence, % (dashed: naming the commonest class)"
+            )
+        else:
+            axis.set_xlim(-0.03, 1.05)
+            axis.set_xlabel(
+                "error of the mean update: 0 nothing lost, 1 nothing left (a stand-in for accuracy)"
+            )
         axis.set_ylabel("clients with a recovered image, %")
         figure.tight_layout()
         return svg(figure)
