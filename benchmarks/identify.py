@@ -1,15 +1,18 @@
-"""How well embedders recognise people whom they never saw, before any reconstruction is shown to them.
+"""How well embedders recognise people whom they never saw, in photographs and in what inversions make of gradients.
 
-    python benchmarks/identify.py --data FOLDER    ORL faces at 32 px: about two minutes on one idle core
+    python benchmarks/identify.py --data FOLDER    ORL faces at 32 px: about half an hour on one idle core
 
 A network learns to tell 20 people apart, and is tried on the 20 others; then the other way round. Every photograph
 is compared once with the other nine of its person and with the nine other people's that are left: 400 comparisons
-in all, among 20 people each. Beside it: plain pixels, which learn nothing.
+in all, among 20 people each. The first photograph of each is also what a client learned from, whose gradient GRNN
+attacks, knowing the defence and naively: 40 reconstructions for each. Beside the network: plain pixels, which learn
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,13 +25,20 @@ from torch import Tensor
 
 from privet.files import write_json
 from privet.images import ImageSet, open_images
+from privet.leakage import GRNN
+from privet.leakage.attack import attack
+from privet.leakage.defences import create_defence
 from privet.leakage.embedder import Embedder
 from privet.leakage.identify import Gallery, Identified, identify
+from privet.leakage.measure import psnr
+from privet.leakage.victims import simulate
 from privet.learning import Learner, Runtime, learn
-from privet.models import SavedModel, save_model
+from privet.models import SavedModel, create_model, save_model
 from privet.seeds import generator
 from protect import RESULTS, hardware
 
+TARGET = "lenet-strided-sigmoid"
+DEFENCES = ("none", "topk-99", "int3", "gaussian-0.01", "gaussian-0.1")
 LEARNER = Learner(architecture="resnet8", epochs=60, batch_size=32, distort=True)
 
 
@@ -46,19 +56,40 @@ def changed(x: Tensor, how: str) -> Tensor:
     return F.avg_pool2d(x, 5, 1, 2, count_include_pad=False) if how == "blur" else x
 
 
-def compare(people: ImageSet, embedder: Embedder, how: str) -> Identified:
-    """Compare each photograph with a gallery that holds none of the same turn."""
+def turns(people: ImageSet) -> list[tuple[ImageSet, ImageSet]]:
+    """Return the first photograph of each person and all others, then the second, and so on."""
     turn = torch.zeros(len(people), dtype=torch.int64)
     for label in range(people.classes):
         mine = people.labels == label
         turn[mine] = torch.arange(int(mine.sum()))
-    found = []
-    for number in range(int(turn.max()) + 1):
-        probes = people.subset((turn == number).nonzero()[:, 0])
-        gallery = Gallery(photographs=people.subset((turn != number).nonzero()[:, 0]), embedder=embedder)
-        names = [people.class_names[label] for label in probes.labels.tolist()]
-        found.append(identify(changed(probes.pixels.float() / 255, how), names, gallery))
-    return together(found)
+    return [
+        (people.subset((turn == number).nonzero()[:, 0]), people.subset((turn != number).nonzero()[:, 0]))
+        for number in range(int(turn.max()) + 1)
+    ]
+
+
+def compare(probes: ImageSet, x: Tensor, photographs: ImageSet, embedder: Embedder) -> Identified:
+    """Compare what became of photographs with a gallery of others."""
+    names = [probes.class_names[label] for label in probes.labels.tolist()]
+    return identify(x, names, Gallery(photographs=photographs, embedder=embedder))
+
+
+def reconstructed(probes: ImageSet, runtime: Runtime) -> dict[str, Tensor]:
+    """Return what GRNN makes of one gradient of each photograph, by what was done to it."""
+    found = {}
+    for defence in DEFENCES:
+        victims = []
+        for number in range(len(probes)):
+            model = create_model(TARGET, classes=probes.classes, size=probes.size, seed=number).train()
+            chosen = None if defence == "none" else create_defence(defence)
+            one = probes.subset([number])
+            victims += simulate(model, one, architecture=TARGET, victims=1, defence=chosen, seed=number)
+        for run in attack(victims, GRNN(), runtime=runtime):
+            name = "grnn" if defence == "none" else f"grnn, {defence}, {'aware' if run.aware else 'naive'}"
+            found[name] = torch.cat([one.images.expand(-1, 3, -1, -1) for one in run.reconstructions])
+            ratios = psnr(found[name], probes.pixels.float() / 255)
+            print(f"{name}: median {statistics.median(ratios.tolist()):.1f} dB", flush=True)
+    return found
 
 
 def together(found: Sequence[Identified]) -> Identified:
@@ -94,10 +125,17 @@ def main() -> None:
                 architecture=LEARNER.architecture, class_names=known.class_names, size=known.size
             )
             save_model(path, learned.model, about)
+            ours = reconstructed(turns(others)[0][0], runtime)
             for embedder in (Embedder.pixels(), Embedder.load(path, runtime)):
-                for how in ("clean", "noise", "blur"):
-                    name = embedder.about["embedder"]
-                    found.setdefault((name, how), []).append(compare(others, embedder, how))
+                name = embedder.about["embedder"]
+                for probes, photographs in turns(others):
+                    for how in ("clean", "noise", "blur"):
+                        x = changed(probes.pixels.float() / 255, how)
+                        each = found.setdefault((name, how), [])
+                        each.append(compare(probes, x, photographs, embedder))
+                probes, photographs = turns(others)[0]
+                for how, x in ours.items():
+                    found.setdefault((name, how), []).append(compare(probes, x, photographs, embedder))
     result = {f"{name}, {how}": together(each).summary() for (name, how), each in found.items()}
     for name, row in result.items():
         print(name, row)

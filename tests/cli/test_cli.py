@@ -63,6 +63,7 @@ def test_protect_learn_audit_show(
                 str(learner),
                 "--architecture",
                 "cnn-w4",
+                "--distort",
                 *options,
             ]
         )
@@ -70,6 +71,7 @@ def test_protect_learn_audit_show(
     )
     assert "on clean images after the last epoch" in capsys.readouterr().out
     assert (learner / "learner.safetensors").exists()
+    assert json.loads((learner / "run.json").read_text())["learner"]["distort"] is True
 
     options += ["--recoveries", "none,jpeg-10", "--architectures", "cnn-w4,vgg11-w4", "--seeds", "1"]
     assert (

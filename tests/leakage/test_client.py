@@ -113,7 +113,15 @@ def problem(side: int, *, members: int, grey: bool = False, known: bool = True) 
     evidence = Evidence.of([update] * members, aware=True, device=CPU, dtype=torch.float32)
     labels = torch.zeros(members, 2, dtype=torch.int64) if known else None
     starts = tuple(range(members))
-    return Problem(client=client, evidence=evidence, known=labels, bias=None, starts=starts, seed=0)
+    return Problem(
+        client=client,
+        evidence=evidence,
+        known=labels,
+        bias=None,
+        victims=torch.arange(members),
+        starts=starts,
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize("grey", [False, True])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from privet.leakage import GRNN, IG
 from privet.leakage.client import Client, network_of
-from privet.leakage.moments import mismatch, sent_moments
+from privet.leakage.moments import disagreement, mismatch, sent_moments
 from privet.leakage.victims import Victim
 from privet.learning import Runtime
 
@@ -97,6 +97,34 @@ def test_attacks_use_them(inversion: IG | GRNN, runtime: Runtime) -> None:
         return float(mismatch(client.simulate(torch.stack([result.images] * 2), y)[1], sent)[0])
 
     assert apart(1.0) < 0.8 * apart(0.0)
+
+
+def test_disagreement_is_that_of_a_victim_s_own_restarts() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(5, 2, 3, 4, 4, dtype=torch.float64)
+    found = disagreement(x, torch.tensor([7, 2, 7, 2, 7]))
+    for own in ([0, 2, 4], [1, 3]):
+        for i in own:
+            mean = sum(x[j] for j in own) / len(own)
+            expected = sum(float((x[i] - mean).square()[k].sum()) for k in range(2)) / x[i].numel()
+            assert float(found[i]) == pytest.approx(expected)
+    assert float(disagreement(x[:2], torch.tensor([0, 1])).abs().max()) == 0
+
+
+@pytest.mark.parametrize("inversion", [IG(steps=12, restarts=3), GRNN(steps=12, restarts=3, polish=0)])
+def test_restarts_come_closer_in_a_group(inversion: IG | GRNN, runtime: Runtime) -> None:
+    """And whatever other victims are attacked beside it changes nothing; without statistics nor does the group."""
+    update, other = (one.update for one in victims(2, architecture=NETWORK, batch_size=2, statistics=True))
+    grouped = replace(inversion, group=1.0)
+    alone = grouped.invert([update], runtime=runtime)[0]
+    beside = grouped.invert([other, update], runtime=runtime, together=4)[1]
+    assert torch.equal(alone.images, beside.images)
+    assert alone.distances == beside.distances
+    plain = inversion.invert([update], runtime=runtime)[0]
+    assert not torch.equal(alone.images, plain.images)
+    unsent = replace(update, statistics={})
+    same = [one.invert([unsent], runtime=runtime)[0].images for one in (inversion, grouped)]
+    assert torch.equal(*same)
 
 
 def test_the_threat_model_says_that_they_were_sent() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.markup import escape
 
 from privet.cli.options import MACHINE, Machine
@@ -27,6 +29,7 @@ def learn(
     attack_steps: int = 10,
     weights: Path | None = None,
     flip: bool = True,
+    distort: Annotated[bool, Parameter(negative="")] = False,
     size: int | None = None,
     split: str | None = None,
     test_split: str | None = None,
@@ -68,6 +71,8 @@ def learn(
         A .safetensors file to start from (fine-tuning).
     flip
         Whether views are mirrored; --no-flip for handwriting.
+    distort
+        Change light, colours and geometry of views strongly as well: for networks that are to compare faces.
     size
         Side in pixels at which the network sees the images.
     split
@@ -93,6 +98,7 @@ def learn(
         radius=radius,
         attack_steps=attack_steps,
         flip=flip,
+        distort=distort,
         weights=weights,
     )
     here = machine.find()

@@ -137,7 +137,7 @@ class Inversion(ABC):
             runtime: where.
             seed: of the starting points.
             network: the client's network, if privet does not know the architecture.
-            together: members (victims times restarts) in one pass; limits memory.
+            together: members (victims times restarts) in one pass; limits memory. A victim's restarts are never parted.
             workspace: a folder for what a killed attack goes on from, or None to keep nothing. Whoever calls
                 sees to it that it belongs to these arguments.
             checkpoint_seconds: how often an unfinished pass is saved there.
@@ -152,8 +152,11 @@ class Inversion(ABC):
         known = [self._labels(update, network) for update in updates]
         members = [(victim, start) for victim in range(len(updates)) for start in range(self.restarts)]
         found: list[Reconstruction] = []
-        for first in range(0, len(members), max(2, together)):
-            part = members[first : first + max(2, together)]
+        at_once = max(
+            2, together // self.restarts * self.restarts, self.restarts
+        )  # a victim's restarts stay together
+        for first in range(0, len(members), at_once):
+            part = members[first : first + at_once]
             finished = None if workspace is None else workspace / f"{first}.safetensors"
             if rows := _load(finished):
                 found += rows
@@ -168,6 +171,7 @@ class Inversion(ABC):
                 [updates[victim] for victim, _ in stacked],
                 network,
                 known=[known[victim] for victim, _ in stacked],
+                victims=torch.tensor([victim for victim, _ in stacked]),
                 starts=tuple(start for _, start in stacked),
                 seed=seed,
                 device=runtime.device,
@@ -193,6 +197,7 @@ class Inversion(ABC):
         network: nn.Module,
         *,
         known: Sequence[Tensor | None],
+        victims: Tensor,
         starts: tuple[int, ...],
         seed: int,
         device: torch.device,
@@ -211,6 +216,7 @@ class Inversion(ABC):
             evidence=evidence,
             known=torch.stack(labels).to(device) if labels else None,
             bias=torch.stack(biases).to(device, dtype) if biases else None,
+            victims=victims.to(device),
             starts=starts,
             seed=seed,
             moments={

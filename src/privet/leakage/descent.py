@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from privet.leakage.base import Inversion
 from privet.leakage.labels import count_again
-from privet.leakage.moments import mismatch
+from privet.leakage.moments import disagreement, mismatch
 from privet.leakage.problem import (
     CONVERGED,
     FAILED,
@@ -47,9 +47,12 @@ class Descent(Inversion):
     Attributes:
         batch_norm: weight of the mismatch with batch norm's statistics, where the client sent them (Yin et al.,
             arXiv 2104.07586); 0 to do without. Which iterate is the best is decided by the gradient alone.
+        group: weight of the squared distance to the mean of the victim's restarts, where there are several and
+            batch norm's statistics were sent (ibid.).
     """
 
     batch_norm: float = 0.1
+    group: float = 0.0
 
     @abstractmethod
     def _start(self, problem: Problem) -> dict[str, Tensor]:
@@ -125,6 +128,8 @@ class Descent(Inversion):
             loss = self._loss(problem, x, distance)
             if self.batch_norm and problem.moments:
                 loss = loss + self.batch_norm * mismatch(moments, problem.moments)
+            if self.group and problem.moments and self.restarts > 1:
+                loss = loss + self.group * disagreement(x, problem.victims)
             slopes = torch.autograd.grad(loss.sum(), list(variables.values()))
             found = x.detach(), y.detach(), distance.detach()
             ledger = ledger or _Ledger(*found)

@@ -84,3 +84,22 @@ def mismatch(found: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Tensor:
         apart = (found[name] - truth).square()
         each.append((apart[:, 0] / variance + apart[:, 1] / variance.square()).mean(1))
     return torch.stack(each).mean(0)
+
+
+def disagreement(x: Tensor, victims: Tensor) -> Tensor:
+    """Return how far each member's images are from the mean of its victim's members: squared, the mean over pixels.
+
+    The group consistency of GradInversion (Yin et al., arXiv 2104.07586, section 3.4) without its
+    registration: restarts agree on pixels, or not.
+
+    Args:
+        x: (members, images, channels, height, width).
+        victims: whose restart each is, (members,).
+
+    Returns:
+        (members,).
+    """
+    names, place = torch.unique(victims, return_inverse=True)
+    flat, count = x.flatten(1), torch.bincount(place)
+    total = flat.new_zeros(len(names), flat.shape[1]).index_add_(0, place, flat.detach())
+    return (flat - (total / count[:, None])[place]).square().mean(1)

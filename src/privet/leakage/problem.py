@@ -48,6 +48,7 @@ class Problem:
         evidence: what was sent.
         known: the labels, (members, images), or None if they are to be found.
         bias: of the last layer, as it was sent, (members, classes), if the labels were counted by it and may be again.
+        victims: whose restart each member is, (members,).
         starts: each member's number of restart, from which it draws its random numbers.
         seed: of those.
         moments: what batch norm saw in the client's step, by its name, (members, 2, channels), if that was sent.
@@ -57,6 +58,7 @@ class Problem:
     evidence: Evidence
     known: Tensor | None
     bias: Tensor | None
+    victims: Tensor
     starts: tuple[int, ...]
     seed: int
     moments: Tensors = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Problem:
             evidence=self.evidence.subset(kept),
             known=None if self.known is None else self.known[kept],
             bias=None if self.bias is None else self.bias[kept],
+            victims=self.victims[kept],
             starts=tuple(self.starts[i] for i in kept.tolist()),
             seed=self.seed,
             moments={name: value[kept] for name, value in self.moments.items()},
