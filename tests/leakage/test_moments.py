@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tests.leakage.victims import victims
 from torch import Tensor, nn
 
+from privet.errors import UsageError
 from privet.leakage import GRNN, IG
 from privet.leakage.client import Client, network_of
 from privet.leakage.moments import disagreement, mismatch, sent_moments
@@ -97,6 +98,11 @@ def test_attacks_use_them(inversion: IG | GRNN, runtime: Runtime) -> None:
         return float(mismatch(client.simulate(torch.stack([result.images] * 2), y)[1], sent)[0])
 
     assert apart(1.0) < 0.8 * apart(0.0)
+
+
+def test_a_network_without_batch_norm_has_none_to_send() -> None:
+    with pytest.raises(UsageError, match="lenet has no batch norm"):
+        victims(1, architecture="lenet", statistics=True)
 
 
 def test_disagreement_is_that_of_a_victim_s_own_restarts() -> None:

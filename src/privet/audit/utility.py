@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from privet.audit.leakage_plan import Clients
 from privet.images import ImageSet
 from privet.leakage.defences import Defence
+from privet.leakage.moments import batch_norms
 from privet.leakage.victims import Victim, simulate
 from privet.learning import Runtime
 from privet.learning.train import accuracy
@@ -59,7 +60,7 @@ def defended_accuracy(
     buffers = {short(name): value for name, value in trained.named_buffers()}
     server = torch.optim.Adam(parameters.values(), LEARNING_RATE)
     for number in range(rounds):
-        told = {**asdict(clients), "statistics": bool(buffers)}
+        told = {**asdict(clients), "statistics": bool(batch_norms(trained))}
         drawn = derive(seed, "round", number)
         sent = simulate(trained, images, architecture=architecture, defence=defence, seed=drawn, **told)
         for name, value in parameters.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from privet.errors import InputError, UsageError
 from privet.images.image_set import ImageSet
 from privet.leakage.defences import Defence
-from privet.leakage.moments import telling
+from privet.leakage.moments import batch_norms, telling
 from privet.learning.update import Update, short
 from privet.learning.update_files import load_update
 from privet.seeds import generator
@@ -65,11 +65,15 @@ def simulate(
         seed: of the choice of images, and of the defence.
 
     Raises:
-        UsageError: there are too few images.
+        UsageError: there are too few images, or there is no batch norm that would have statistics.
     """
     if victims * batch_size > len(images):
         raise UsageError(
             f"{victims} clients with {batch_size} images each need {victims * batch_size} images, got {len(images)}."
+        )
+    if statistics and not batch_norms(model):
+        raise UsageError(
+            f"{architecture} has no batch norm, so there are no statistics that clients could send."
         )
     order = torch.randperm(len(images), generator=generator(seed, "victims"))
     found = []

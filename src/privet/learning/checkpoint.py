@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from privet.errors import OutputError
 from privet.files import write_bytes
 
 
@@ -58,12 +59,21 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, A
 
 
 def load_state(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return what `save_state` wrote, on the processor, or None if it is absent or there is no path."""
+    """Return what `save_state` wrote, on the processor, or None if it is absent or there is no path.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
     if path is None or not path.exists():
         return None
-    with safetensors.safe_open(path, framework="pt") as file:
-        record = json.loads(file.metadata()["record"])
-        return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["record"])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path}, which holds how far this came, is damaged: {error}. Delete it to do that part again."
+        ) from error
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from privet.errors import UsageError
+from privet.errors import InputError, UsageError
 from privet.files import read_json, write_json
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
@@ -16,6 +16,7 @@ from privet.recovery.base import Recovery
 from privet.seeds import generator
 
 HELD_OUT = 5  # every fifth image of the sample is not learned from
+FEWEST = 10  # images: fewer teach a network nothing that could be asked about
 LEARNER = Learner(architecture="resnet10-w16", epochs=10)
 
 
@@ -67,6 +68,11 @@ class Auto(Recovery):
         scores: dict[str, float] = read_json(path) if path is not None and path.is_file() else {}
         if scores.keys() >= {candidate.name for candidate in self.candidates}:
             return scores
+        if len(images) < FEWEST:
+            raise InputError(
+                f"auto learns from a part of the images and asks about the rest, so it needs at least {FEWEST}, got "
+                f"{len(images)}. Name a recovery instead."
+            )
         order = torch.randperm(len(images), generator=generator(job.seed, "sample"))[: self.images]
         sample = images.subset(order)
         alone = replace(job.runtime, rank=0, world=1)
