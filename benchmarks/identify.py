@@ -74,8 +74,8 @@ def compare(probes: ImageSet, x: Tensor, photographs: ImageSet, embedder: Embedd
     return identify(x, names, Gallery(photographs=photographs, embedder=embedder))
 
 
-def reconstructed(probes: ImageSet, runtime: Runtime) -> dict[str, Tensor]:
-    """Return what GRNN makes of one gradient of each photograph, by what was done to it."""
+def reconstructed(probes: ImageSet, runtime: Runtime, medians: dict[str, list[float]]) -> dict[str, Tensor]:
+    """Return what GRNN makes of one gradient of each photograph, by what was done to it, and note the median PSNR."""
     found = {}
     for defence in DEFENCES:
         victims = []
@@ -88,7 +88,8 @@ def reconstructed(probes: ImageSet, runtime: Runtime) -> dict[str, Tensor]:
             name = "grnn" if defence == "none" else f"grnn, {defence}, {'aware' if run.aware else 'naive'}"
             found[name] = torch.cat([one.images.expand(-1, 3, -1, -1) for one in run.reconstructions])
             ratios = psnr(found[name], probes.pixels.float() / 255)
-            print(f"{name}: median {statistics.median(ratios.tolist()):.1f} dB", flush=True)
+            medians.setdefault(name, []).append(round(statistics.median(ratios.tolist()), 1))
+            print(f"{name}: median {medians[name][-1]} dB", flush=True)
     return found
 
 
@@ -114,6 +115,7 @@ def main() -> None:
     half = len(order) // 2
     found: dict[tuple[str, str], list[Identified]] = {}
     seconds = []
+    medians: dict[str, list[float]] = {}
     for seen, unseen in ((order[:half], order[half:]), (order[half:], order[:half])):
         known, others = part(images, seen), part(images, unseen)
         started = time.process_time()
@@ -125,7 +127,7 @@ def main() -> None:
                 architecture=LEARNER.architecture, class_names=known.class_names, size=known.size
             )
             save_model(path, learned.model, about)
-            ours = reconstructed(turns(others)[0][0], runtime)
+            ours = reconstructed(turns(others)[0][0], runtime, medians)
             for embedder in (Embedder.pixels(), Embedder.load(path, runtime)):
                 name = embedder.about["embedder"]
                 for probes, photographs in turns(others):
@@ -146,6 +148,7 @@ def main() -> None:
             "people_learned": half,
             "training_seconds": [round(one) for one in seconds],
             **result,
+            "median_psnr": medians,
             "hardware": hardware(runtime.device, torch.get_num_threads()),
         },
     )

@@ -13,6 +13,7 @@ from privet.report.plots import STYLE, svg
 INK, RED, AMBER, GREY = "#1d2126", "#b3412f", "#a8700f", "#8a8f98"
 COLOURS = {"plain": INK, "aware": RED, "naive": AMBER}
 LINES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))  # of defences, in turn
+CLOSE = 0.18  # of the range: points nearer to each other would have their names overlap
 
 
 def loss_curves(report: dict[str, Any]) -> str:
@@ -104,8 +105,8 @@ def frontier(report: dict[str, Any]) -> str:
     measured = report["defences"][0]["accuracy"] is not None
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.4, 3.6))
-        for number, one in enumerate(report["defences"]):
-            price = 100 * one["accuracy"] if measured else one["mean_gradient_error"]
+        for one in report["defences"]:
+            price = _price(one, measured=measured)
             for key, colour, shift in (("best", RED, 0.0), ("naive", AMBER, 0.6 if measured else 0.006)):
                 found = one[key]
                 if found is None:
@@ -123,16 +124,10 @@ def frontier(report: dict[str, Any]) -> str:
                     linewidth=1,
                     alpha=1.0 if key == "best" else 0.55,
                 )
-            axis.annotate(
-                "no defence" if one["defence"] == "none" else one["defence"],
-                (price, 100 * one["best"]["share"]),
-                xytext=(7, 4 + 9 * (number % 2)),
-                textcoords="offset points",
-                fontsize=8,
-            )
+        _name_points(axis, report, measured=measured)
         for colour, mark, words in ((RED, "o", "best attack"), (AMBER, "s", "best naive attack")):
             axis.plot([], [], mark, color=colour, markersize=5, label=words)
-        axis.legend(fontsize=8, frameon=False, loc="upper right")
+        axis.legend(fontsize=8, frameon=False, loc="upper left" if measured else "upper right")
         axis.set_ylim(-4, 108)
         if measured:
             highest = max(one["accuracy"] for one in report["defences"])
@@ -149,6 +144,30 @@ def frontier(report: dict[str, Any]) -> str:
         axis.set_ylabel("clients with a recovered image, %")
         figure.tight_layout()
         return svg(figure)
+
+
+def _price(one: dict[str, Any], *, measured: bool) -> float:
+    return float(100 * one["accuracy"] if measured else one["mean_gradient_error"])
+
+
+def _name_points(axis: Axes, report: dict[str, Any], *, measured: bool) -> None:
+    """Write each defence beside its best attack, those of neighbours one above the other."""
+    points = sorted(
+        (_price(one, measured=measured), 100 * one["best"]["share"], one["defence"])
+        for one in report["defences"]
+    )
+    span = max(price for price, _, _ in points) or 1.0
+    level, before = 0, -span
+    for price, share, name in points:
+        level = level + 1 if price - before < CLOSE * span else 0
+        before = price
+        axis.annotate(
+            "no defence" if name == "none" else name,
+            (price, share),
+            xytext=(7, 4 + 9 * level if share <= 50 else -10 - 9 * level),
+            textcoords="offset points",
+            fontsize=8,
+        )
 
 
 def _ratios(report: dict[str, Any], row: dict[str, Any]) -> list[float]:
