@@ -276,3 +276,8 @@ def test_noise_beside_none(runtime: Runtime) -> None:
     for update, result in zip(mixed, beside, strict=True):
         same(result, inversion.invert([update], runtime=runtime)[0])
     assert beside[0].steps > 12 >= beside[1].steps
+
+
+def test_ten_times_the_budget() -> None:
+    assert IG(steps=7, restarts=2).lasting(10) == IG(steps=70, restarts=2)
+    assert GRNN(steps=7, polish=3).lasting(10) == GRNN(steps=70, polish=30)

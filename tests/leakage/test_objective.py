@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from privet.errors import UsageError
 from privet.leakage.defences import create_defence
 from privet.leakage.objective import Evidence
 from privet.learning import Treatment, Update
+from privet.seeds import generator
 
 CPU = torch.device("cpu")
 CLEAN = victims(1)[0].update
@@ -175,3 +177,24 @@ def test_defences_are_named_after_themselves(name: str) -> None:
     assert create_defence(name).name == name
     one, other = (create_defence(name).apply(CLEAN, seed=3) for _ in range(2))
     assert all(torch.equal(one.values[key], other.values[key]) for key in one.values)
+
+
+def test_small_angles_are_exact_in_single_precision() -> None:
+    """Also where one tensor outweighs the rest by far."""
+    found = Evidence.of([CLEAN] * 2, aware=True, device=CPU, dtype=torch.float32)
+    heavy = {
+        name: (1e4 if name == "fc.bias" else 1.0) * value.double() for name, value in CLEAN.values.items()
+    }
+    found = replace(found, low={name: torch.stack([one.float()] * 2) for name, one in heavy.items()})
+    found = replace(found, high=found.low)
+    near = {
+        name: one + 3e-4 * one.abs().mean() * torch.randn(one.shape, generator=generator(0, name))
+        for name, one in heavy.items()
+    }
+    given = {name: torch.stack([one, 0 * one]).float() for name, one in near.items()}
+    one, other = (torch.cat([value.flatten() for value in each.values()]) for each in (near, heavy))
+    expected = 1 - float(one @ other / one.norm() / other.norm())
+    assert 0 < expected < 1e-7
+    cosine = found.cosine(given)
+    assert float(cosine[0]) == pytest.approx(expected, rel=1e-2)
+    assert float(cosine[1]) == 1

@@ -128,7 +128,7 @@ class Descent(Inversion):
             loss = self._loss(problem, x, distance)
             if self.batch_norm and problem.moments:
                 loss = loss + self.batch_norm * mismatch(moments, problem.moments)
-            if self.group and problem.moments and self.restarts > 1:
+            if self.group and problem.moments:
                 loss = loss + self.group * disagreement(x, problem.victims)
             slopes = torch.autograd.grad(loss.sum(), list(variables.values()))
             found = x.detach(), y.detach(), distance.detach()

@@ -113,16 +113,23 @@ class Evidence:
         return total
 
     def cosine(self, gradient: Tensors) -> Tensor:
-        """Return 1 minus the cosine of the angle to the nearest gradient inside the intervals."""
-        product, length, other = (torch.zeros_like(self.floor) for _ in range(3))
+        """Return 1 minus the cosine of the angle to the nearest gradient inside the intervals, 1 if either is zero.
+
+        Half the squared distance of the two directions, which says the same and is exact for small
+        angles: where one layer outweighs all others, 1 minus a cosine in single precision is 0 at once.
+        """
         scaled = self._scaled(gradient)
-        for name, value in scaled.items():
-            nearest = self._nearest(name, value)
-            product = product + (value * nearest).flatten(1).sum(1)
-            length = length + value.square().flatten(1).sum(1)
-            other = other + nearest.square().flatten(1).sum(1)
-        tiny = torch.finfo(length.dtype).tiny
-        return 1 - product / (length.clamp_min(tiny) * other.clamp_min(tiny)).sqrt()
+        pairs = [(value.flatten(1), self._nearest(name, value).flatten(1)) for name, value in scaled.items()]
+        lengths = [
+            sum((each.square().sum(1) for each in one), torch.zeros_like(self.floor))
+            for one in zip(*pairs, strict=True)
+        ]
+        one, other = (length.clamp_min(torch.finfo(length.dtype).tiny).sqrt()[:, None] for length in lengths)
+        apart = sum(
+            ((value / one - nearest / other).square().sum(1) for value, nearest in pairs),
+            torch.zeros_like(self.floor),
+        )
+        return torch.where((lengths[0] == 0) | (lengths[1] == 0), 1.0, apart / 2)
 
     def _nearest(self, name: str, value: Tensor) -> Tensor:
         """Return what the intervals hold that is nearest to `value`."""
