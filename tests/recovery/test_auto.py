@@ -80,8 +80,8 @@ def test_the_sample_bounds_what_is_tried(runtime: Runtime) -> None:
     assert tried == [40, 90]
     with pytest.raises(UsageError, match="at least two different candidates"):
         Auto((Nothing(), Nothing()))
-    with pytest.raises(InputError, match="needs at least 10, got 9"):
-        auto.recover(blobs(9, size=(16, 16)), Job(runtime=runtime))
+    with pytest.raises(InputError, match="needs at least 3, got 2"):
+        auto.recover(blobs(2, size=(16, 16)), Job(runtime=runtime))
 
 
 def test_everything_that_the_choice_depends_on_is_on_record() -> None:

@@ -16,7 +16,7 @@ from privet.recovery.base import Recovery
 from privet.seeds import generator
 
 HELD_OUT = 5  # every fifth image of the sample is not learned from
-FEWEST = 10  # images: fewer teach a network nothing that could be asked about
+FEWEST = 3  # images: two to learn from, one to be asked about
 LEARNER = Learner(architecture="resnet10-w16", epochs=10)
 
 
