@@ -23,21 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from invert import Row, victims_of
 from privet.files import write_json
 from privet.images import ImageSet, open_images
 from privet.leakage import GRNN
 from privet.leakage.attack import attack
-from privet.leakage.defences import create_defence
 from privet.leakage.embedder import Embedder
 from privet.leakage.identify import Gallery, Identified, identify
 from privet.leakage.measure import psnr
-from privet.leakage.victims import simulate
 from privet.learning import Learner, Runtime, learn
-from privet.models import SavedModel, create_model, save_model
+from privet.models import SavedModel, save_model
 from privet.seeds import generator
 from protect import RESULTS, hardware
 
-TARGET = "lenet-strided-sigmoid"
 DEFENCES = ("none", "topk-99", "int3", "gaussian-0.01", "gaussian-0.1")
 LEARNER = Learner(architecture="resnet8", epochs=60, batch_size=32, distort=True)
 
@@ -78,12 +76,7 @@ def reconstructed(probes: ImageSet, runtime: Runtime, medians: dict[str, list[fl
     """Return what GRNN makes of one gradient of each photograph, by what was done to it, and note the median PSNR."""
     found = {}
     for defence in DEFENCES:
-        victims = []
-        for number in range(len(probes)):
-            model = create_model(TARGET, classes=probes.classes, size=probes.size, seed=number).train()
-            chosen = None if defence == "none" else create_defence(defence)
-            one = probes.subset([number])
-            victims += simulate(model, one, architecture=TARGET, victims=1, defence=chosen, seed=number)
+        victims = victims_of(probes, Row(defence=defence), range(len(probes)))
         for run in attack(victims, GRNN(), runtime=runtime):
             name = "grnn" if defence == "none" else f"grnn, {defence}, {'aware' if run.aware else 'naive'}"
             found[name] = torch.cat([one.images.expand(-1, 3, -1, -1) for one in run.reconstructions])
@@ -127,17 +120,18 @@ def main() -> None:
                 architecture=LEARNER.architecture, class_names=known.class_names, size=known.size
             )
             save_model(path, learned.model, about)
-            ours = reconstructed(turns(others)[0][0], runtime, medians)
+            every = turns(others)
+            first, rest = every[0]
+            ours = reconstructed(first, runtime, medians)
             for embedder in (Embedder.pixels(), Embedder.load(path, runtime)):
                 name = embedder.about["embedder"]
-                for probes, photographs in turns(others):
+                for probes, photographs in every:
                     for how in ("clean", "noise", "blur"):
                         x = changed(probes.pixels.float() / 255, how)
                         each = found.setdefault((name, how), [])
                         each.append(compare(probes, x, photographs, embedder))
-                probes, photographs = turns(others)[0]
                 for how, x in ours.items():
-                    found.setdefault((name, how), []).append(compare(probes, x, photographs, embedder))
+                    found.setdefault((name, how), []).append(compare(first, x, rest, embedder))
     result = {f"{name}, {how}": together(each).summary() for (name, how), each in found.items()}
     for name, row in result.items():
         print(name, row)

@@ -59,12 +59,13 @@ def defended_accuracy(
     parameters = {short(name): value for name, value in trained.named_parameters()}
     buffers = {short(name): value for name, value in trained.named_buffers()}
     server = torch.optim.Adam(parameters.values(), LEARNING_RATE)
+    told = {**asdict(clients), "statistics": bool(batch_norms(trained))}
     for number in range(rounds):
-        told = {**asdict(clients), "statistics": bool(batch_norms(trained))}
         drawn = derive(seed, "round", number)
         sent = simulate(trained, images, architecture=architecture, defence=defence, seed=drawn, **told)
+        gradients = [one.update.as_gradient()[0] for one in sent]
         for name, value in parameters.items():
-            value.grad = _mean([one.update.as_gradient()[0][name] for one in sent])
+            value.grad = _mean([one[name] for one in gradients])
         server.step()
         _take_over(buffers, sent)
         progress(f"training with {defence.name}" if defence else "training", number + 1, rounds)

@@ -152,9 +152,7 @@ class Inversion(ABC):
         known = [self._labels(update, network) for update in updates]
         members = [(victim, start) for victim in range(len(updates)) for start in range(self.restarts)]
         found: list[Reconstruction] = []
-        at_once = max(
-            2, together // self.restarts * self.restarts, self.restarts
-        )  # a victim's restarts stay together
+        at_once = max(2, together // self.restarts * self.restarts, self.restarts)
         for first in range(0, len(members), at_once):
             part = members[first : first + at_once]
             finished = None if workspace is None else workspace / f"{first}.safetensors"

@@ -226,14 +226,7 @@ class _Ledger:
 
     def solved(self, steps: int) -> Solved:
         """Return everything that was kept."""
-        ends = [self.ends.get(row, (steps, "steps")) for row in range(len(self.best))]
-        return Solved(
-            x=self.x,
-            y=self.y,
-            steps=[step for step, _ in ends],
-            ends=[reason for _, reason in ends],
-            history=self.history,
-        )
+        return Solved.after(steps, x=self.x, y=self.y, ends=self.ends, history=self.history)
 
 
 def _state(variables: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:

@@ -22,9 +22,8 @@ from privet.learning.job import Job
 NOISE = 128  # numbers that each image starts from
 LARGEST_SIDE = 256
 EPSILON = 1e-12
-REACH = NOISE * math.sqrt(
-    2 / math.pi
-)  # the expected sum of an input's sizes: what a step of all its weights adds up to
+# The expected sum of an input's sizes: what a step of all the weights behind it adds up to.
+REACH = NOISE * math.sqrt(2 / math.pi)
 
 
 @dataclass(frozen=True, kw_only=True)

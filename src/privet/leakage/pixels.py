@@ -103,8 +103,7 @@ def search_pixels(
         if path is not None and job.checkpoint_due():
             save_state(path, search.state(), search_record(step, ends, history))
     x, y = decode(search.point)
-    rows = [ends.get(row, (steps, "steps")) for row in range(len(x))]
-    return Solved(x=x, y=y, steps=[step for step, _ in rows], ends=[why for _, why in rows], history=history)
+    return Solved.after(steps, x=x, y=y, ends=ends, history=history)
 
 
 def _reason(arrived: bool, noisy: bool) -> str:
