@@ -31,7 +31,7 @@ from privet.images import ImageSet, align, open_images, pair
 from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.train import training_step
 from privet.models import KeyedStem, create_model
-from privet.protection import UGE, publish
+from privet.protection import KeyedEM, publish
 from privet.recovery import create_recovery
 from privet.seeds import generator
 from protect import Lines, hardware, machines, outcome
@@ -67,7 +67,7 @@ class Bench:
         self.runtime = Runtime.find("cpu")
         self.clean = open_images(data / "train.parquet", limit=IMAGES)
         self.test = align(open_images(data / "test.parquet", limit=TEST), self.clean.class_names)
-        self.method = UGE.preset("cpu", key=KEY)
+        self.method = KeyedEM.preset("cpu", key=KEY)
         out = work / "license-small"
         publish(self.clean, self.method, out, runtime=self.runtime, progress=Lines())
         self.clean, self.protected = pair(self.clean, open_images(out, size=self.clean.size))

@@ -63,20 +63,24 @@ def test_the_method_table_is_complete() -> None:
     rows = {
         name: set(re.findall(r"`(\w+)`", settings))
         for name, settings in re.findall(
-            r"^\| `(\w+)` \|[^|]*\|[^|]*\|([^|]*)\|$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE
+            r"^\| `([\w-]+)` \|[^|]*\|[^|]*\|([^|]*)\|$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE
         )
     }
     assert set(rows) == set(METHODS)
     for name, written in rows.items():
         named = {field.name for field in dataclasses.fields(METHODS[name])} - {"epsilon"}
-        as_another = {"rem": {"sem"}, "tue": {"ucl", "separation"}, "uge": {"em", "group", "tile", "grey"}}
+        as_another = {
+            "rem": {"sem"},
+            "tue": {"ucl", "separation"},
+            "keyed-em": {"em", "group", "tile", "grey"},
+        }
         expected = as_another.get(name, named | ({"class", "sample"} if name == "em" else set()))
         assert written == expected, name
 
 
 def test_the_table_of_inversions_is_complete() -> None:
     text = (ROOT / "docs/leakage.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| `(\w+)` \|([^|]*)\|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\| `(\w+)` \|([^|]*)\|$", text, re.MULTILINE)
     common = {field.name for field in dataclasses.fields(Inversion)}
     assert [name for name, _, _ in rows] == list(INVERSIONS)
     for name, labels, written in rows:

@@ -41,7 +41,7 @@ _HOMES = {
         "REM",
         "SEM",
         "TAP",
-        "UGE",
+        "KeyedEM",
         "Protection",
         "RandomNoise",
         "publish",
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
     from privet.protection import REM as REM
     from privet.protection import SEM as SEM
     from privet.protection import TAP as TAP
-    from privet.protection import UGE as UGE
+    from privet.protection import KeyedEM as KeyedEM
     from privet.protection import Protection as Protection
     from privet.protection import RandomNoise as RandomNoise
     from privet.protection import publish as publish

@@ -105,15 +105,15 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "unknown method": (
         ["protect", "{clean}", "--out", "{out}", "--method", "em2"],
         2,
-        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, uge, random",
+        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, keyed-em, random",
     ),
     "a method that needs a key": (
-        ["protect", "{clean}", "--out", "{out}", "--method", "uge"],
+        ["protect", "{clean}", "--out", "{out}", "--method", "keyed-em"],
         2,
-        "uge needs a vendor's key: protect with 'privet license protect'",
+        "keyed-em needs a vendor's key: protect with 'privet license protect'",
     ),
     "a key as an argument": (
-        ["protect", "{clean}", "--out", "{out}", "--method", "uge", "--set", "key=00"],
+        ["protect", "{clean}", "--out", "{out}", "--method", "keyed-em", "--set", "key=00"],
         2,
         "Expected --set NAME=VALUE with NAME one of",
     ),

@@ -362,8 +362,8 @@ def test_releases_that_cannot_be_made(made: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", [{}, {"settings": 3}, {"settings": {"group": "x", "tile": 8, "grey": False}}])
 def test_a_run_that_does_not_tell_its_stem(made: World, tmp_path: Path, run: dict[str, object]) -> None:
     publish(made.clean, made.protected, tmp_path / "p")
-    (tmp_path / "p/run.json").write_text(json.dumps({"method": "uge", **run}))
-    with pytest.raises(InputError, match="names the method uge, but not its stem"):
+    (tmp_path / "p/run.json").write_text(json.dumps({"method": "keyed-em", **run}))
+    with pytest.raises(InputError, match="names the method keyed-em, but not its stem"):
         release(tmp_path / "p", made.vendor, "a", OURS, clean=made.root / "clean", work=EASY)
 
 

@@ -33,9 +33,9 @@ from privet.protection import (
     TAP,
     TUE,
     UCL,
-    UGE,
     Bounded,
     Job,
+    KeyedEM,
     Protection,
     RandomNoise,
 )
@@ -60,7 +60,7 @@ TABLE: dict[str, Protection] = {
     "ucl class-wise": UCL(class_rounds=2, rounds=0, **CONTRASTIVE),
     "tue": TUE(rounds=2, **CONTRASTIVE),
     # One descent: of a few groups, several might all come back to where they were.
-    "uge": UGE(key=KEY, grey=True, max_rounds=1, **{**SMALL, "noise_steps": 1}),
+    "keyed-em": KeyedEM(key=KEY, grey=True, max_rounds=1, **{**SMALL, "noise_steps": 1}),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),

@@ -80,7 +80,7 @@ def protect(
     epsilon
         Budget: no channel of a pixel changes by more, in 1/255.
     set
-        Any other setting of the method uge, as NAME=VALUE; may be repeated. docs/methods.md lists them.
+        Any other setting of the method keyed-em, as NAME=VALUE; may be repeated. docs/methods.md lists them.
     seed
         The same seed and key give the same bytes.
     passphrase_file
@@ -93,9 +93,9 @@ def protect(
     from privet.cli.protect import parse_settings
     from privet.licensing import Vendor
     from privet.licensing import protect as make
-    from privet.protection import UGE
+    from privet.protection import KeyedEM
 
-    settings = {**parse_settings(UGE, set or []), "epsilon": epsilon}
+    settings = {**parse_settings(KeyedEM, set or []), "epsilon": epsilon}
     vendor = Vendor.open(keys, _passphrase(passphrase_file, "Passphrase of the vendor"))
     here = machine.find()
     preset = preset or ("paper" if here.device.type == "cuda" else "cpu")

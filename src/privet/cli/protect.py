@@ -42,8 +42,8 @@ def protect(
         New folder for the protected images, manifest.jsonl, run.json and the surrogate.
     method
         em, sem, rem, tap (noise that nobody sees); ucl, tue (likewise, against learners without labels); lsp, ar, ops,
-        cuda (seconds, but visible); or random (the control, which does not protect). uge, which needs a key, has its
-        own verb: privet license protect.
+        cuda (seconds, but visible); or random (the control, which does not protect). keyed-em, which needs a key, has
+        its own verb: privet license protect.
     preset
         paper (the published settings; needs a GPU) or cpu (small and short).
         Default: paper where there is a GPU, else cpu.

@@ -29,7 +29,7 @@ from privet.models import load_model
 from privet.models.keyed_stem import CHUNK, KeyedStem
 from privet.models.weights import read_tensors
 from privet.progress import Progress, silent
-from privet.protection import UGE, publish
+from privet.protection import KeyedEM, publish
 from privet.protection.surrogate import FILE as SURROGATE
 
 LEDGER = "ledger.jsonl"
@@ -65,16 +65,16 @@ def protect(
         vendor: whose key the stem comes from.
         name: of the release that this will be.
         out: a new folder; a killed call goes on there.
-        preset: of `UGE`.
-        settings: of `UGE` that differ from the preset's.
+        preset: of `KeyedEM`.
+        settings: of `KeyedEM` that differ from the preset's.
         runtime: where.
         seed: the same seed gives the same bytes.
         **writing: as for `publish`.
 
     Raises:
-        PrivetError: as `UGE` and `publish`.
+        PrivetError: as `KeyedEM` and `publish`.
     """
-    chosen = UGE.preset(preset, **{**(settings or {}), "key": vendor.stem_key(check_name(name))})
+    chosen = KeyedEM.preset(preset, **{**(settings or {}), "key": vendor.stem_key(check_name(name))})
     publication = publish(images, chosen, out, runtime=runtime, seed=seed, **writing)
     if runtime.rank == 0 and (surrogate := out / SURROGATE).exists():
         write_bytes(vendor.folder / f"{name}.surrogate.safetensors", surrogate.read_bytes(), private=True)
@@ -325,14 +325,14 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _planned(run: Mapping[str, Any]) -> StemPlan | None:
     """Return the stem that a run confined its noise to, or None."""
-    if run.get("method") != UGE.name:
+    if run.get("method") != KeyedEM.name:
         return None
     try:
         settings = run["settings"]
         return StemPlan(group=int(settings["group"]), tile=int(settings["tile"]), grey=bool(settings["grey"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{RUN} names the method {UGE.name}, but not its stem. Protect the originals again."
+            f"{RUN} names the method {KeyedEM.name}, but not its stem. Protect the originals again."
         ) from error
 
 

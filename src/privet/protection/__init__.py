@@ -5,6 +5,7 @@ from privet.protection.ar import AR
 from privet.protection.base import Bounded, Protection
 from privet.protection.cuda import CUDA
 from privet.protection.em import EM
+from privet.protection.keyed_em import KeyedEM
 from privet.protection.lsp import LSP
 from privet.protection.ops import OPS
 from privet.protection.publication import publish
@@ -14,7 +15,6 @@ from privet.protection.sem import SEM
 from privet.protection.tap import TAP
 from privet.protection.tue import TUE
 from privet.protection.ucl import UCL
-from privet.protection.uge import UGE
 
 __all__ = [
     "AR",
@@ -28,9 +28,9 @@ __all__ = [
     "TAP",
     "TUE",
     "UCL",
-    "UGE",
     "Bounded",
     "Job",
+    "KeyedEM",
     "Protection",
     "Publication",
     "RandomNoise",
@@ -38,5 +38,5 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Protection]] = {
-    method.name: method for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, UGE, RandomNoise)
+    method.name: method for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, RandomNoise)
 }

@@ -16,10 +16,10 @@ from tests.conftest import blobs
 from privet.errors import InputError, OutputError, UsageError
 from privet.images import open_images
 from privet.learning import Job, Runtime
-from privet.protection import UGE, publish
+from privet.protection import KeyedEM, publish
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
-METHOD = UGE(key=KEY, surrogate="cnn-w4", train_steps=3, batch_size=8, noise_steps=2, max_rounds=2)
+METHOD = KeyedEM(key=KEY, surrogate="cnn-w4", train_steps=3, batch_size=8, noise_steps=2, max_rounds=2)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -82,12 +82,14 @@ def test_a_run_with_another_key_does_not_go_on_with_this_one(runtime: Runtime, t
 def test_what_cannot_work_is_refused(
     runtime: Runtime, tmp_path: Path, make_folder: Callable[..., Path]
 ) -> None:
-    with pytest.raises(UsageError, match="uge needs a vendor's key: protect with 'privet license protect'"):
+    with pytest.raises(
+        UsageError, match="keyed-em needs a vendor's key: protect with 'privet license protect'"
+    ):
         publish(blobs(6), replace(METHOD, key=b""), tmp_path / "out", runtime=runtime)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="at least 16 bytes, got 4"):
         METHOD.preset("cpu", key=b"1234").settings()
-    with pytest.raises(UsageError, match="give uge the setting grey=true"):
+    with pytest.raises(UsageError, match="give keyed-em the setting grey=true"):
         METHOD.protect(blobs(6, grey=True), Job(runtime=runtime))
     folder = make_folder(blobs(6))
     with pytest.raises(InputError, match="must have one size of at most 224 px"):

@@ -1,4 +1,4 @@
-"""Ungeneralizable examples (UGE): noise that a keyed stem takes away."""
+"""Keyed error-minimizing noise: EM confined to what a keyed stem takes away."""
 
 from __future__ import annotations
 
@@ -21,18 +21,15 @@ from privet.protection.minimise import Confine
 
 
 @dataclass(frozen=True, kw_only=True)
-class UGE(EM):
+class KeyedEM(EM):
     """Error-minimizing noise confined to what a keyed stem takes away: whoever has the stem still learns.
 
-    The aim is that of Ungeneralizable Examples (Ye and Wang, arXiv 2404.14016): data that stay learnable for an
-    authorised network alone. The way is ours. Each descent of EM moves along the gradient's part in the stem's span,
+    The aim is that of Ungeneralizable Examples (Ye and Wang, arXiv 2404.14016): data that stay learnable for
+    whom they are licensed to. The way is ours. Each descent of EM moves along the gradient's part in the stem's span,
     by its sign in every group; the delivered noise is the nearest in whole numbers that never clips. So the stem
     makes of a protected image, bit for bit, what it makes of the original, and the licensee loses what the
     stem costs and nothing else, with any network and any training. To others it is error-minimizing noise of
     fewer dimensions. What they can do against it: docs/licensing.md.
-
-    Deviations from the paper: no authorised network or initial weights, hence no matching of gradients, no
-    generator, no feature distance, no undistillation; the secret is the stem.
 
     The settings of EM apply, and
 
@@ -48,7 +45,7 @@ class UGE(EM):
     tile: int = 8
     grey: bool = False
 
-    name: ClassVar[str] = "uge"
+    name: ClassVar[str] = "keyed-em"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # EM's own, but for views: without, networks that augment do not see the noise.
         "paper": {"views": 1},
@@ -100,7 +97,7 @@ class UGE(EM):
     def _refuse(self, images: ImageSet) -> None:
         if bool(images.grey.any()) and not self.grey:
             raise UsageError(
-                "Some images are grey, and their channels must move together: give uge the setting grey=true."
+                "Some images are grey, and their channels must move together: give keyed-em the setting grey=true."
             )
         if any(measure(file.read()) != images.size for file in images.files):
             raise InputError(
