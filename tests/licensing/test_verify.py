@@ -35,6 +35,7 @@ from privet.errors import (
     VersionError,
     WrongLicenceError,
 )
+from privet.images import ImageSet
 from privet.learning import Runtime
 from privet.licensing import (
     Vendor,
@@ -409,11 +410,18 @@ def test_the_licensee_trains_as_on_the_originals(made: World, tmp_path: Path, ru
         for now, before in zip(made.protected.pixels, made.clean.pixels, strict=True)
     }
 
-    def originals(pixels: torch.Tensor) -> torch.Tensor:
-        return stem.apply_to(torch.stack([place.get(np.asarray(one).tobytes(), one) for one in pixels]))
+    def originals(images: ImageSet) -> ImageSet:
+        found = [place.get(np.asarray(one).tobytes(), one) for one in images.pixels]
+        return images.with_pixels(stem.apply_to(torch.stack(found)))
 
     expected = study(
-        made.folder, made.root / "clean", recipe, tmp_path / "x", runtime=runtime, transform=originals
+        made.folder,
+        made.root / "clean",
+        recipe,
+        tmp_path / "x",
+        runtime=runtime,
+        transform=originals,
+        present=originals,
     )
     for one, other in zip(trained.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -53,6 +53,7 @@ def protect(
     keys: Path,
     name: str,
     out: Path,
+    method: str = "keyed-em",
     preset: str | None = None,
     epsilon: int = 8,
     set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
@@ -61,7 +62,7 @@ def protect(
     files: Files = FILES,
     machine: Machine = MACHINE,
 ) -> int:
-    """Add noise that the keyed stem of a release takes away, and that networks without it learn instead of the images.
+    """Add noise that the licence of a release takes away, and that networks without it learn instead of the images.
 
     A killed run goes on when the same command is given again, and ends with the same bytes.
 
@@ -75,12 +76,15 @@ def protect(
         Of the release that this will be: its key follows from it.
     out
         New folder for the protected images, manifest.jsonl and run.json.
+    method
+        keyed-em (noise that a keyed first layer takes away, in training and in use) or lock (a pattern for each class,
+        which licensees take off the training images by their labels).
     preset
         paper (needs a GPU) or cpu. Default: paper where there is a GPU, else cpu.
     epsilon
         Budget: no channel of a pixel changes by more, in 1/255.
     set
-        Any other setting of the method keyed-em, as NAME=VALUE; may be repeated. docs/methods.md lists them.
+        Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
     seed
         The same seed and key give the same bytes.
     passphrase_file
@@ -93,16 +97,25 @@ def protect(
     from privet.cli.protect import parse_settings
     from privet.licensing import Vendor
     from privet.licensing import protect as make
-    from privet.protection import KeyedEM
+    from privet.licensing.vendor import keyed_method
 
-    settings = {**parse_settings(KeyedEM, set or []), "epsilon": epsilon}
+    settings = {**parse_settings(keyed_method(method), set or []), "epsilon": epsilon}
     vendor = Vendor.open(keys, _passphrase(passphrase_file, "Passphrase of the vendor"))
     here = machine.find()
     preset = preset or ("paper" if here.device.type == "cuda" else "cpu")
 
     def change(images: ImageSet, **writing: Any) -> Publication:
         return make(
-            images, vendor, name, out, preset=preset, settings=settings, runtime=here, seed=seed, **writing
+            images,
+            vendor,
+            name,
+            out,
+            method=method,
+            preset=preset,
+            settings=settings,
+            runtime=here,
+            seed=seed,
+            **writing,
         )
 
     return files.change(source, out, change, rank=here.rank, what=f"protected for {escape(name)}")
@@ -119,6 +132,7 @@ def release(
     stem_group: int = 4,
     stem_tile: int = 8,
     stem_grey: bool = False,
+    lock: Annotated[bool, Parameter(negative="")] = False,
     clean: str | None = None,
     weights: Path | None = None,
     recipe: Path | None = None,
@@ -144,8 +158,11 @@ def release(
         Side of the stem's tile, in pixels.
     stem_grey
         The stem moves the channels together; for grey files.
+    lock
+        Each class was changed by one pattern, by other means than `privet license protect --method lock`, whose files
+        say so themselves; licences hold the patterns.
     clean
-        The originals, for the check of the stem; needed where there is one.
+        The originals, for the check of the stem or the lock; needed where there is one.
     weights
         Secret initial weights, as a file that privet saved.
     recipe
@@ -168,6 +185,7 @@ def release(
             name,
             passphrase,
             stem=StemPlan(group=stem_group, tile=stem_tile, grey=stem_grey) if stem else None,
+            lock=lock,
             clean=clean,
             weights=weights,
             recipe=read_json(recipe) if recipe else None,
@@ -308,7 +326,7 @@ def train(
     seed: int = 0,
     machine: Machine = MACHINE,
 ) -> int:
-    """Check a release and a licence, then train with the licence's recipe, stem and initial weights.
+    """Check a release and a licence, then train with the licence's recipe, on unlocked files.
 
     A killed run goes on when the same command is given again.
 

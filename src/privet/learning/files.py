@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from privet.errors import InputError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json
-from privet.images import align, open_images
+from privet.images import ImageSet, align, open_images
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.train import Epoch, Learned, Learner, learn
 from privet.models import SavedModel, load_model, save_model
@@ -35,7 +34,8 @@ def study(
     split: str | None = None,
     test_split: str | None = None,
     limit: int | None = None,
-    transform: Callable[[Tensor], Tensor] | None = None,
+    transform: Callable[[ImageSet], ImageSet] | None = None,
+    present: Callable[[ImageSet], ImageSet] | None = None,
     progress: Progress = silent,
 ) -> Learned:
     """Train a learner on files and write learner.safetensors and run.json into `out`.
@@ -51,7 +51,8 @@ def study(
         split: of the training images.
         test_split: of the test images.
         limit: use only so many training images.
-        transform: done to the stored pixels of both sets, uint8, (images, 3, height, width), before all else.
+        transform: done to the stored training images before all else, or None.
+        present: done to the stored test images, or None.
         progress: told about images.
 
     Raises:
@@ -62,8 +63,9 @@ def study(
         open_images(test, size=images.size, split=test_split, progress=progress), images.class_names
     )
     if transform is not None:
-        images = images.with_pixels(transform(images.pixels))
-        clean = clean.with_pixels(transform(clean.pixels))
+        images = transform(images)
+    if present is not None:
+        clean = present(clean)
     weights = learner.weights
     if weights is not None and not weights.is_file():
         raise InputError(f"There is no weights file {weights}.")

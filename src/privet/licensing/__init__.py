@@ -5,6 +5,7 @@ from privet.licensing.keys import Vendor, read_public
 from privet.licensing.licence import Licence, Terms, load_licence, read_licence, write_licence
 from privet.licensing.manifest import Manifest, read_manifest, write_manifest
 from privet.licensing.train import train
+from privet.licensing.unlock import Unlock
 from privet.licensing.vendor import StemPlan, find_leak, issue, make_copy, protect, release
 from privet.licensing.verify import Verified, verify
 
@@ -14,6 +15,7 @@ __all__ = [
     "StemPlan",
     "Suspect",
     "Terms",
+    "Unlock",
     "Vendor",
     "Verified",
     "find_leak",

@@ -1,7 +1,7 @@
 """A licence: what an authorised party needs so that a release stays learnable, sealed with a passphrase.
 
-Inside the seal lies one safetensors file (nothing is unpickled): the stem's pattern, initial weights, and, as its
-only metadata, the terms, which the vendor signed together with digests of the tensors.
+Inside the seal lies one safetensors file (nothing is unpickled): the stem's pattern, the lock's patterns, initial
+weights, and, as its only metadata, the terms, which the vendor signed together with digests of the tensors.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from privet.errors import (
     VersionError,
     WrongLicenceError,
 )
+from privet.images import ImageSet
 from privet.licensing.keys import Vendor, check_signature
 from privet.licensing.manifest import canonical, commit
 from privet.licensing.sealed import WORK, read_sealed, write_sealed
+from privet.licensing.unlock import Unlock
 from privet.models.keyed_stem import KeyedStem
 from privet.models.weights import load_tensors
 
@@ -81,7 +83,7 @@ class Licence:
     Attributes:
         terms: what it says in words.
         salt: 32 bytes that open the manifest's commitments.
-        tensors: "stem/group" and "stem/sign", "weights/NAME", as far as there are any.
+        tensors: "stem/group" and "stem/sign", "lock/CLASS", "weights/NAME", as far as there are any.
     """
 
     terms: Terms
@@ -95,6 +97,21 @@ class Licence:
         return KeyedStem(pattern["group"], pattern["sign"]) if pattern else None
 
     @cached_property
+    def lock(self) -> Unlock | None:
+        """What opens locked training images, by their classes; or None."""
+        patterns = self._part("lock")
+        return Unlock(patterns=patterns) if patterns else None
+
+    def unlock(self, images: ImageSet) -> ImageSet:
+        """Return a release's training images as the licensee's network gets them, before any augmentation."""
+        images = self.lock.apply_to(images) if self.lock else images
+        return self.present(images)
+
+    def present(self, images: ImageSet) -> ImageSet:
+        """Return images in use, the test images among them, as the licensee's network gets them."""
+        return images.with_pixels(self.stem.apply_to(images.pixels)) if self.stem else images
+
+    @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The initial weights by name; empty if the licence has none."""
         return self._part("weights")
@@ -102,7 +119,7 @@ class Licence:
     @cached_property
     def commitments(self) -> dict[str, str]:
         """What a manifest must commit to, for this licence to belong to it."""
-        parts = {"stem": self._part("stem"), "weights": self.weights}
+        parts = {name: self._part(name) for name in ("stem", "lock", "weights")}
         held = {name: commit(self.salt, tensors) for name, tensors in parts.items() if tensors}
         return {**held, "recipe": commit(self.salt, self.terms.recipe)}
 
@@ -182,9 +199,9 @@ def read_licence(path: Path, passphrase: str, *, public: bytes | None = None) ->
         raise WrongLicenceError(f"{path} is not as its vendor signed it.") from error
     licence = Licence(terms=terms, salt=salt, tensors=tensors)
     try:
-        licence.stem  # noqa: B018 - a pattern that is none is found now
+        licence.stem, licence.lock  # noqa: B018 - a pattern that is none is found now
     except (KeyError, InputError) as error:
-        raise BundleError(f"{path} opens, but its stem is malformed.") from error
+        raise BundleError(f"{path} opens, but its stem or its lock is malformed.") from error
     return licence
 
 
@@ -194,7 +211,7 @@ def load_licence(
     """Open a licence for a training loop of one's own: put its initial weights into `model`.
 
     The licence's `stem`, if it has one, must be applied to every stored image before any augmentation, in
-    training and in use.
+    training and in use; its `lock`, if it has one, to stored training images only.
 
     Args:
         model: the network of the recipe; its weights are replaced if the licence has initial weights.

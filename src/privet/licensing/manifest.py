@@ -58,7 +58,7 @@ class Manifest:
         files: every published file by its path, with forward slashes.
         method: of the protection, if its run.json says so.
         budget: of the protection, likewise.
-        commitments: for "stem", "weights" and "recipe", as far as the licence has them.
+        commitments: for "stem", "lock", "weights" and "recipe", as far as the licence has them.
         audit: SHA-256 of the audit's report.json, or None: this release was not audited.
     """
 

@@ -1,4 +1,4 @@
-"""The licensee's trainer: the release's own recipe, behind its stem, from its initial weights."""
+"""The licensee's trainer: the release's own recipe on unlocked files, behind its stem, from its initial weights."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def train(
 ) -> Learned:
     """Check a release and a licence, then train as the recipe says.
 
-    The stem is applied to the stored images, of the release and of the test set, before any augmentation. The
-    network that is written works behind the same stem only.
+    The stem is applied to the stored images, of the release and of the test set, before any augmentation, and the
+    network that is written works behind the same stem only. A lock is taken off the release's images alone.
 
     Args:
         folder: the release.
@@ -68,6 +68,7 @@ def train(
             out,
             runtime=runtime,
             seed=seed,
-            transform=licence.stem.apply_to if licence.stem else None,
+            transform=licence.unlock,
+            present=licence.present,
             progress=progress,
         )

@@ -25,11 +25,13 @@ from privet.licensing.keys import Vendor
 from privet.licensing.licence import Licence, Terms, read_licence, write_licence
 from privet.licensing.manifest import Manifest, check_name, describe_files, read_manifest, write_manifest
 from privet.licensing.sealed import WORK
+from privet.licensing.unlock import Unlock
 from privet.models import load_model
 from privet.models.keyed_stem import CHUNK, KeyedStem
 from privet.models.weights import read_tensors
 from privet.progress import Progress, silent
-from privet.protection import KeyedEM, publish
+from privet.protection import METHODS, KeyedEM, Lock, publish
+from privet.protection.keyed import Keyed
 from privet.protection.surrogate import FILE as SURROGATE
 
 LEDGER = "ledger.jsonl"
@@ -50,36 +52,53 @@ def protect(
     name: str,
     out: Path,
     *,
+    method: str = KeyedEM.name,
     preset: str,
     settings: Mapping[str, Any] | None = None,
     runtime: Runtime,
     seed: int = 0,
     **writing: Any,
 ) -> Publication:
-    """Protect images with noise that the stem of a release takes away, and write them for that release.
+    """Protect images with noise that follows from the key of a release, and write them for that release.
 
     The surrogate, which knows the noise, goes to the vendor's folder (`NAME.surrogate.safetensors`).
 
     Args:
         images: the originals, as opened.
-        vendor: whose key the stem comes from.
+        vendor: whose key the noise follows from.
         name: of the release that this will be.
         out: a new folder; a killed call goes on there.
-        preset: of `KeyedEM`.
-        settings: of `KeyedEM` that differ from the preset's.
+        method: the name of a protection with a key.
+        preset: of the method.
+        settings: of the method that differ from the preset's.
         runtime: where.
         seed: the same seed gives the same bytes.
         **writing: as for `publish`.
 
     Raises:
-        PrivetError: as `KeyedEM` and `publish`.
+        UsageError: no such method.
+        PrivetError: as the method and `publish`.
     """
-    chosen = KeyedEM.preset(preset, **{**(settings or {}), "key": vendor.stem_key(check_name(name))})
+    chosen = keyed_method(method).preset(
+        preset, **{**(settings or {}), "key": vendor.stem_key(check_name(name))}
+    )
     publication = publish(images, chosen, out, runtime=runtime, seed=seed, **writing)
     if runtime.rank == 0 and (surrogate := out / SURROGATE).exists():
         write_bytes(vendor.folder / f"{name}.surrogate.safetensors", surrogate.read_bytes(), private=True)
         surrogate.unlink()
     return publication
+
+
+def keyed_method(name: str) -> type[Keyed]:
+    """Return a protection that a licence belongs to.
+
+    Raises:
+        UsageError: there is no such protection.
+    """
+    methods = {method.name: method for method in METHODS.values() if issubclass(method, Keyed)}
+    if name not in methods:
+        raise UsageError(f"Unknown method {name!r} for a release; expected one of {', '.join(methods)}.")
+    return methods[name]
 
 
 def release(
@@ -89,6 +108,7 @@ def release(
     passphrase: str,
     *,
     stem: StemPlan | None = None,
+    lock: bool = False,
     clean: str | Path | None = None,
     weights: Path | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -105,7 +125,9 @@ def release(
         passphrase: of the vendor, for the file that the licences are made from.
         stem: the stem that the perturbation was confined to; None for what `protect` wrote into run.json,
             if it made these files, and else for no stem.
-        clean: the originals; needed with a stem, to check that through it both look the same.
+        lock: each class was changed by one pattern, which licences shall hold; known of what `protect` locked.
+        clean: the originals; needed with a stem, to check that through it both look the same, and with a
+            lock, to find its patterns.
         weights: the secret initial weights, as a file that privet saved, or None.
         recipe: settings of `Learner` by name.
         audit: the report.json of the audit of these files, or None.
@@ -113,20 +135,27 @@ def release(
         progress: told about images.
 
     Raises:
-        UsageError: neither stem nor weights, so that nothing would authorise; or a recipe that cannot work.
-        LicenceError: the perturbation is not what the stem takes away.
+        UsageError: no stem, lock or weights, so that nothing would authorise; or a recipe that cannot work.
+        LicenceError: the perturbation is not what the stem takes away, or no lock.
         InputError, OutputError: as usual.
     """
     check_name(name)
     settings = check_recipe(recipe or {})
     run = read_json(folder / RUN) if (folder / RUN).exists() else {}
-    stem = stem or _planned(run)
-    if stem is None and weights is None:
-        raise UsageError("Expected a stem or initial weights: without either, everybody is authorised alike.")
+    stem, lock = stem or _planned(run), lock or run.get("method") == Lock.name
+    if stem is None and weights is None and not lock:
+        raise UsageError(
+            "Expected a stem, a lock or initial weights: without any, everybody is authorised alike."
+        )
+    if (stem is not None or lock) and clean is None:
+        raise UsageError("A release with a stem or a lock needs the originals, to check that it fits.")
     tensors: dict[str, Tensor] = {}
-    if stem is not None:
-        if clean is None:
-            raise UsageError("A release with a stem needs the originals, to check that the stem fits.")
+    if lock and clean is not None:
+        images, originals = _open_pair(folder, clean, progress)
+        _, images = _whole_pair(originals, images)
+        patterns = Unlock.between(originals, images).patterns
+        tensors |= {f"lock/{key}": value for key, value in patterns.items()}
+    if stem is not None and clean is not None:
         layer = vendor.stem(name, group=stem.group, tile=stem.tile, grey=stem.grey)
         _check_stem(layer, folder, clean, grey=stem.grey, progress=progress)
         tensors |= {f"stem/{key}": value for key, value in layer.state_dict().items()}
@@ -340,11 +369,7 @@ def _check_stem(stem: KeyedStem, folder: Path, clean: str | Path, *, grey: bool,
     images, originals = _open_pair(folder, clean, progress)
     if bool(images.grey.any()) and not grey:
         raise UsageError("Some images are grey, and their channels must move together: give --stem-grey.")
-    before, after = pair(originals, images)
-    if len(after) != len(images):
-        raise InputError(
-            f"Of {len(images)} protected images only {len(after)} have an original of their name."
-        )
+    before, after = _whole_pair(originals, images)
     differ = sum(
         int(
             (stem(before.pixels[start : start + CHUNK]) != stem(after.pixels[start : start + CHUNK]))
@@ -370,6 +395,16 @@ def _open_pair(protected: str | Path, clean: str | Path, progress: Progress) -> 
             "Resize the originals, then protect them."
         )
     return images, open_images(clean, size=images.size, progress=progress)
+
+
+def _whole_pair(originals: ImageSet, images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Return each protected image beside its original; all must have one."""
+    before, after = pair(originals, images)
+    if len(after) != len(images):
+        raise InputError(
+            f"Of {len(images)} protected images only {len(after)} have an original of their name."
+        )
+    return before, after
 
 
 def _in_order(marked: ImageSet, images: ImageSet) -> ImageSet:

@@ -6,6 +6,7 @@ from privet.protection.base import Bounded, Protection
 from privet.protection.cuda import CUDA
 from privet.protection.em import EM
 from privet.protection.keyed_em import KeyedEM
+from privet.protection.lock import Lock
 from privet.protection.lsp import LSP
 from privet.protection.ops import OPS
 from privet.protection.publication import publish
@@ -31,6 +32,7 @@ __all__ = [
     "Bounded",
     "Job",
     "KeyedEM",
+    "Lock",
     "Protection",
     "Publication",
     "RandomNoise",
@@ -38,5 +40,6 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Protection]] = {
-    method.name: method for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, RandomNoise)
+    method.name: method
+    for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, Lock, RandomNoise)
 }

@@ -119,8 +119,7 @@ class EM(Bounded):
         )
         model = runtime.place(model)
         optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, momentum=0.9, weight_decay=5e-4)
-        count = images.classes if self.mode == "class" else len(images)
-        stored = torch.zeros(count, 3, *images.size, dtype=torch.int8)
+        stored = self._begin(images)
         first, errors = 0, list[float]()
         path = job.file("surrogate-checkpoint.safetensors")
         if path and (state := load_checkpoint(path, model=model, optimizer=optimizer)):
@@ -145,6 +144,11 @@ class EM(Bounded):
         job.facts.update(rounds=len(errors), surrogate_error=errors[-1])
         save_surrogate(model, self.surrogate, images, self, job)
         return stored
+
+    def _begin(self, images: ImageSet) -> Tensor:
+        """Return the noise that the first round begins with, packed: none."""
+        count = images.classes if self.mode == "class" else len(images)
+        return torch.zeros(count, 3, *images.size, dtype=torch.int8)
 
     def _train_surrogate(
         self,

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from privet.errors import InputError, UsageError
+from privet.errors import UsageError
 from privet.images.image_set import ImageSet
-from privet.images.picture import measure
 from privet.learning.job import Job
-from privet.models.keyed_stem import KeyedStem, key_stream
+from privet.models.keyed_stem import KeyedStem
 from privet.protection.base import Perturb
 from privet.protection.em import EM
+from privet.protection.keyed import Keyed, refuse_other_sizes
 from privet.protection.minimise import Confine
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyedEM(EM):
+class KeyedEM(Keyed, EM):
     """Error-minimizing noise confined to what a keyed stem takes away: whoever has the stem still learns.
 
     The aim is that of Ungeneralizable Examples (Ye and Wang, arXiv 2404.14016): data that stay learnable for
@@ -34,13 +34,11 @@ class KeyedEM(EM):
     The settings of EM apply, and
 
     Attributes:
-        key: at least 16 secret bytes that the stem follows from; never recorded, but for a commitment.
         group: values in a group of the stem; it costs one of so many dimensions.
         tile: side of the stem's tile in pixels.
         grey: the stem moves the channels together, as grey files need. What such noise is worth is not measured.
     """
 
-    key: bytes = field(default=b"", repr=False)
     group: int = 8
     tile: int = 8
     grey: bool = False
@@ -68,15 +66,13 @@ class KeyedEM(EM):
         Raises:
             UsageError: no key, or no such stem.
         """
-        if not self.key:
-            raise UsageError(f"{self.name} needs a vendor's key: protect with 'privet license protect'.")
+        self._secret("commitment", 0)
         return KeyedStem.from_key(self.key, group=self.group, tile=self.tile, grey=self.grey)
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting by name; in place of the key, what tells it from others and says nothing of it."""
+        """Return every setting by name, as `Keyed` does."""
         self.stem  # noqa: B018 - before anything is written
-        known = {name: value for name, value in super().settings().items() if name != "key"}
-        return {**known, "key_commitment": key_stream(self.key, "commitment", 32).hex()}
+        return super().settings()
 
     def _confine(self) -> Confine:
         def confine(gradient: Tensor) -> Tensor:
@@ -99,8 +95,4 @@ class KeyedEM(EM):
             raise UsageError(
                 "Some images are grey, and their channels must move together: give keyed-em the setting grey=true."
             )
-        if any(measure(file.read()) != images.size for file in images.files):
-            raise InputError(
-                "A stem works on the files' own pixels, so they must have one size of at most 224 px. Resize the "
-                "originals, then protect them."
-            )
+        refuse_other_sizes(images)
