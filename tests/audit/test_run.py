@@ -159,13 +159,13 @@ def test_overlap_of_test_and_training_images_is_found(
 
 
 def test_a_torn_last_line_is_run_again(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "cells.jsonl")
+    store = RunStore(tmp_path / "cells.jsonl", Cell)
     cells = PLAN.cells()[:2]
     for cell in cells:
         store.add(cell, {"last": 0.5}, seconds=1.0)
     whole = (tmp_path / "cells.jsonl").read_bytes()
     (tmp_path / "cells.jsonl").write_bytes(whole[:-5])
-    again = RunStore(tmp_path / "cells.jsonl")
+    again = RunStore(tmp_path / "cells.jsonl", Cell)
     assert list(again.results) == cells[:1]
     again.add(cells[1], {"last": 0.5}, seconds=1.0)
     assert (tmp_path / "cells.jsonl").read_bytes() == whole
@@ -174,7 +174,7 @@ def test_a_torn_last_line_is_run_again(tmp_path: Path) -> None:
 def test_a_damaged_store_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "cells.jsonl").write_text('{"cell": {"colour": 1}}\n')
     with pytest.raises(OutputError, match=r"cells.jsonl is damaged: .* Delete it to run its cells again"):
-        RunStore(tmp_path / "cells.jsonl")
+        RunStore(tmp_path / "cells.jsonl", Cell)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import safetensors.torch
 import torch
 
 from privet.audit.flags import Facts, Flag, PriorFacts, find_flags
+from privet.audit.pool import each
 from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
@@ -23,7 +22,8 @@ from privet.images import Budget, ImageSet, Similarity, align, by_psnr, compare_
 from privet.images.picture import PictureError, decode
 from privet.images.similarity import compare
 from privet.learning import Job, Learner, Runtime, learn
-from privet.learning.runtime import describe_device, use_threads
+from privet.learning.runtime import describe_device
+from privet.models import create_model
 from privet.progress import Progress, silent
 from privet.protection import RandomNoise, publish
 from privet.recovery import create_recovery, load_prior, noise_error
@@ -118,6 +118,8 @@ def run_audit(
     opened = [open_images(clean, size=size, progress=progress)]
     opened += [open_images(source, size=opened[0].size, progress=progress) for source in (protected, test)]
     first, second, third = opened
+    for architecture in plan.architectures:  # before hours of work
+        create_model(architecture, classes=first.classes, size=first.size)
     threads = 1 if runtime.device.type == "cpu" else torch.get_num_threads()
     run = {
         "privet": VERSION,
@@ -133,7 +135,7 @@ def run_audit(
     }
     claim(out, run)
     material = _prepare(first, second, third, _protection(protected), plan, out, runtime, seed, progress)
-    store = RunStore(out / CELLS)
+    store = RunStore(out / CELLS, Cell)
     todo = [cell for cell in plan.cells() if cell not in store.results]
     total = len(plan.cells())
     sets = material.sets()
@@ -146,7 +148,9 @@ def run_audit(
         seconds = None if begun else round(time.perf_counter() - started, 3)  # of a part it would mislead
         if (data, recovery) not in measured:
             append_line(out / COSTS, {"data": data, "recovery": recovery, "seconds": seconds, "facts": found})
-    for cell, result, seconds in _train(todo, sets, plan, runtime, seed, out, workers, threads):
+    for cell, result, seconds in each(
+        todo, Trainer, (sets, plan, runtime, seed, out), workers=workers, threads=threads
+    ):
         store.add(cell, result, seconds=seconds)
         if finished is not None:
             finished(cell, result, total - len(todo) + sum(one in store.results for one in todo), total)
@@ -287,41 +291,6 @@ def _protection(source: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _train(
-    cells: Sequence[Cell],
-    sets: dict[str, ImageSet],
-    plan: Plan,
-    runtime: Runtime,
-    seed: int,
-    out: Path,
-    workers: int,
-    threads: int,
-) -> Iterator[tuple[Cell, dict[str, Any], float]]:
-    """Yield each cell's result and its seconds, as they come."""
-    if workers <= 1 or len(cells) <= 1:
-        with use_threads(threads):
-            trainer = Trainer(sets, plan, runtime, seed, out)
-            for cell in cells:
-                yield trainer(cell)
-        return
-    context: BaseContext = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=context,
-        initializer=_start,
-        initargs=(sets, plan, runtime, seed, out, threads),
-    ) as pool:
-        waiting: set[Future[tuple[Cell, dict[str, Any], float]]] = {
-            pool.submit(_work, cell) for cell in cells
-        }
-        try:
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def recover(
     images: ImageSet,
     data: str,
@@ -400,22 +369,6 @@ class Trainer:
             "history": [asdict(epoch) for epoch in learned.history],
         }
         return cell, result, time.perf_counter() - started
-
-
-_trainer: Trainer | None = None
-
-
-def _start(
-    sets: dict[str, ImageSet], plan: Plan, runtime: Runtime, seed: int, out: Path, threads: int
-) -> None:
-    global _trainer
-    torch.set_num_threads(threads)
-    _trainer = Trainer(sets, plan, runtime, seed, out)
-
-
-def _work(cell: Cell) -> tuple[Cell, dict[str, Any], float]:
-    assert _trainer is not None
-    return _trainer(cell)
 
 
 def _bytes(image: torch.Tensor) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from privet.errors import OutputError, UsageError
 from privet.files import append_line, read_lines
@@ -13,6 +13,10 @@ from privet.models import create_model
 from privet.recovery import create_recovery
 from privet.recovery.prior import fingerprint
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 DATA = ("clean", "random", "protected")
 RECOVERIES = ("none", "jpeg-10", "jpeg-50", "jpeg-75", "grayscale", "adversarial-4")
 
@@ -150,19 +154,28 @@ PRESETS = {
 }
 
 
-class RunStore:
+class RunStore(Generic[Kind]):
     """Finished cells, one JSON line each, in the order in which they finished."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[Kind]) -> None:
+        """Read what is there.
+
+        Args:
+            path: of the file.
+            kind: of the cells, a dataclass of JSON values.
+
+        Raises:
+            OutputError: it is damaged.
+        """
         self.path = path
-        self.results: dict[Cell, dict[str, Any]] = {}
+        self.results: dict[Kind, dict[str, Any]] = {}
         try:
             for line in read_lines(path):
-                self.results[Cell(**line["cell"])] = line["result"]
+                self.results[kind(**line["cell"])] = line["result"]
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} is damaged: {error!r}. Delete it to run its cells again.") from error
 
-    def add(self, cell: Cell, result: dict[str, Any], *, seconds: float) -> None:
+    def add(self, cell: Kind, result: dict[str, Any], *, seconds: float) -> None:
         """Keep a finished cell."""
         append_line(self.path, {"cell": asdict(cell), "result": result, "seconds": round(seconds, 2)})
         self.results[cell] = result

@@ -10,16 +10,19 @@ from cyclopts import App
 from rich.markup import escape
 
 from privet.cli.leakage import leakage
-from privet.cli.options import MACHINE, Machine
+from privet.cli.licence import licence
+from privet.cli.options import MACHINE, Machine, split
 from privet.cli.screen import progress, say
 from privet.errors import OK
 
 audit = App(
     name="audit",
     help="Train learners on clean, randomly noised and protected files, and say whether the protection holds. "
-    "A killed audit goes on when the same command is given again. What federated updates give away: audit leakage.",
+    "A killed audit goes on when the same command is given again. What federated updates give away: audit leakage. "
+    "Who learns from a licensed release: audit licence.",
 )
 audit.command(leakage)
+audit.command(licence)
 
 COLOURS = {"holds": "green", "partly": "yellow", "fails": "red", "inconclusive": "magenta"}
 
@@ -93,8 +96,8 @@ def protection(
     on_gpu = here.device.type == "cuda"
     chosen = plan(
         preset or ("paper" if on_gpu else "cpu"),
-        recoveries=_split(recoveries),
-        architectures=_split(architectures),
+        recoveries=None if recoveries is None else split(recoveries),
+        architectures=None if architectures is None else split(architectures),
         seeds=seeds,
         epochs=epochs,
         flip=flip,
@@ -128,7 +131,3 @@ def protection(
         say(f"  [yellow]Doubt ({flag.name}):[/] {escape(flag.says)}")
     say(f"Report: {escape(str(page))}")
     return OK
-
-
-def _split(value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from privet.cli.invert import create_inversion
-from privet.cli.options import CLIENTS, JUDGEMENT, Clients, Judgement
+from privet.cli.options import CLIENTS, JUDGEMENT, Clients, Judgement, split
 from privet.cli.screen import progress, say
 from privet.errors import OK, OVER_LIMIT, UsageError
 
@@ -91,8 +91,8 @@ def leakage(
         _announce(fail_above, victims)
     here = Runtime.find(device, "float32")
     plan = LeakagePlan(
-        inversions=_inversions(_split(methods), budget, set or []),
-        defences=_split(defences),
+        inversions=_inversions(split(methods), budget, set or []),
+        defences=split(defences),
         layers=layers,
         clients=Simulated(victims=victims, **clients.settings),
         success=judgement.success,
@@ -152,10 +152,6 @@ def _inversions(methods: tuple[str, ...], budget: str, settings: list[str]) -> t
 def _is_for(setting: str, method: str) -> bool:
     name = setting.partition("=")[0]
     return "." not in name or name.startswith(f"{method}.")
-
-
-def _split(value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def _finished(setting: Setting, result: dict[str, Any], done: int, total: int) -> None:

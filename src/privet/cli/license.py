@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 from pathlib import Path
@@ -12,8 +11,9 @@ from cyclopts import App, Parameter
 from rich.markup import escape
 
 from privet.cli.options import FILES, MACHINE, Files, Machine
+from privet.cli.passphrase import read_passphrase
 from privet.cli.screen import progress, say
-from privet.errors import OK, InputError, UsageError
+from privet.errors import OK, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from privet.images import ImageSet
@@ -39,7 +39,9 @@ def keygen(folder: Path, /, *, passphrase_file: Path | None = None) -> int:
     from privet.licensing import Vendor
     from privet.licensing.keys import key_id
 
-    vendor = Vendor.create(folder, _passphrase(passphrase_file, "New passphrase of the vendor", twice=True))
+    vendor = Vendor.create(
+        folder, read_passphrase(passphrase_file, "New passphrase of the vendor", twice=True)
+    )
     say(f"Keys written to {escape(str(folder))}; the vendor's public name is {key_id(vendor.public)}.")
     say("Keep vendor.key and its passphrase apart, each with a copy. Give vendor.pub to everybody.")
     return OK
@@ -100,7 +102,7 @@ def protect(
     from privet.licensing.vendor import keyed_method
 
     settings = {**parse_settings(keyed_method(method), set or []), "epsilon": epsilon}
-    vendor = Vendor.open(keys, _passphrase(passphrase_file, "Passphrase of the vendor"))
+    vendor = Vendor.open(keys, read_passphrase(passphrase_file, "Passphrase of the vendor"))
     here = machine.find()
     preset = preset or ("paper" if here.device.type == "cuda" else "cpu")
 
@@ -176,7 +178,7 @@ def release(
     from privet.licensing import StemPlan, Vendor
     from privet.licensing import release as make
 
-    passphrase = _passphrase(passphrase_file, "Passphrase of the vendor")
+    passphrase = read_passphrase(passphrase_file, "Passphrase of the vendor")
     vendor = Vendor.open(keys, passphrase)
     with progress() as listener:
         manifest = make(
@@ -245,9 +247,9 @@ def issue(
         raise UsageError(
             "A copy is made of the release's folder and the originals: give --protected and --clean."
         )
-    vendor_passphrase = _passphrase(vendor_passphrase_file, "Passphrase of the vendor")
+    vendor_passphrase = read_passphrase(vendor_passphrase_file, "Passphrase of the vendor")
     vendor = Vendor.open(keys, vendor_passphrase)
-    passphrase = _passphrase(passphrase_file, f"New passphrase for {licensee}", twice=True)
+    passphrase = read_passphrase(passphrase_file, f"New passphrase for {licensee}", twice=True)
     licence = make(
         vendor,
         name,
@@ -299,7 +301,7 @@ def verify(
     opened = None
     if licence is not None:
         opened = read_licence(
-            licence, _passphrase(passphrase_file, "Passphrase of the licence"), public=public
+            licence, read_passphrase(passphrase_file, "Passphrase of the licence"), public=public
         )
     with progress() as listener:
         found = check(folder, public=public, licence=opened, progress=listener)
@@ -353,7 +355,9 @@ def train(
     from privet.licensing import train as work
 
     public = read_public(vendor) if vendor else None
-    opened = read_licence(licence, _passphrase(passphrase_file, "Passphrase of the licence"), public=public)
+    opened = read_licence(
+        licence, read_passphrase(passphrase_file, "Passphrase of the licence"), public=public
+    )
     here = machine.find()
     with progress(here.rank) as listener:
         learned = work(folder, test, opened, out, runtime=here, public=public, seed=seed, progress=listener)
@@ -398,7 +402,7 @@ def trace(
     """
     from privet.licensing import Vendor, find_leak
 
-    passphrase = _passphrase(passphrase_file, "Passphrase of the vendor")
+    passphrase = read_passphrase(passphrase_file, "Passphrase of the vendor")
     vendor = Vendor.open(keys, passphrase)
     with progress() as listener:
         found = find_leak(
@@ -432,22 +436,3 @@ def trace(
     if not guilty:
         say(f"No copy can be named: {len(found)} compared, highest score {found[0][1].score:.1f}.")
     return OK
-
-
-def _passphrase(file: Path | None, prompt: str, *, twice: bool = False) -> str:
-    """Return a passphrase from a file's first line or from the terminal; never from the command line."""
-    if file is not None:
-        try:
-            lines = file.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"Cannot read a passphrase from {file}.") from error
-        found = lines[0] if lines else ""
-    elif not sys.stdin.isatty():
-        raise UsageError("There is no terminal to ask for a passphrase; give a file that holds it.")
-    else:
-        found = getpass.getpass(f"{prompt}: ")
-        if twice and getpass.getpass("Once more: ") != found:
-            raise UsageError("The two passphrases differ.")
-    if not found:
-        raise UsageError("Expected a passphrase, got an empty one.")
-    return found

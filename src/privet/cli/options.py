@@ -252,3 +252,8 @@ class Judgement:
 
 MACHINE, FILES = Machine(), Files()
 CLIENTS, JUDGEMENT = Clients(), Judgement()
+
+
+def split(value: str) -> tuple[str, ...]:
+    """Return what stands between commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -30,6 +30,9 @@ from privet.progress import Progress, silent
 from privet.seeds import derive, generator
 
 SCHEDULES = ("cosine", "step")
+OPTIMISERS = ("sgd", "adamw")
+# Of distillation (Hinton et al., arXiv 1503.02531), as Nasty Teacher (Ma et al., arXiv 2105.07381) tries it.
+TEMPERATURE, IMITATION = 4.0, 0.9
 EVALUATION_BATCH = 512
 
 
@@ -42,8 +45,10 @@ class Learner:
             linear probe on its features with them (`privet.learning.contrastive`).
         epochs: passes over the image set.
         batch_size: images a step; the last, smaller batch of an epoch is left out.
-        learning_rate: None for the optimiser's usual one (SGD 0.1, without labels 0.5 for batches of 512 and
-            in proportion for others; a ViT trains with AdamW at 0.001).
+        optimiser: "sgd" (momentum 0.9) or "adamw"; None for the network's usual one (AdamW for a ViT, else SGD).
+            Without labels SGD alone.
+        learning_rate: None for the optimiser's usual one (SGD 0.1, AdamW 0.001; without labels 0.5 for batches of
+            512 and in proportion for others).
         weight_decay: None likewise (0.0005, without labels 0.0001; AdamW 0.05).
         schedule: "cosine" to zero, or "step": a tenth after 40 % and after 80 % of the steps, as in
             the evaluation of the SEM paper. Both rise linearly over the first 5 %.
@@ -60,6 +65,7 @@ class Learner:
     architecture: str = "resnet18"
     epochs: int = 60
     batch_size: int = 128
+    optimiser: str | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
     schedule: str = "cosine"
@@ -74,6 +80,12 @@ class Learner:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UsageError(f"Unknown schedule {self.schedule!r}; expected {' or '.join(SCHEDULES)}.")
+        if self.optimiser not in (None, *OPTIMISERS):
+            raise UsageError(f"Unknown optimiser {self.optimiser!r}; expected {' or '.join(OPTIMISERS)}.")
+        if self.optimiser == "adamw" and self.architecture.startswith(PREFIX):
+            raise UsageError(
+                f"{self.architecture} learns without labels, with SGD alone; leave the optimiser out."
+            )
         if self.epochs < 1 or self.batch_size < 2:
             raise UsageError(
                 f"A learner needs at least 1 epoch and batches of 2, got {self.epochs} and {self.batch_size}."
@@ -138,6 +150,7 @@ def learn(
     *,
     runtime: Runtime,
     seed: int = 0,
+    answers: Tensor | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> Learned:
@@ -149,13 +162,23 @@ def learn(
         learner: the network and how it is trained.
         runtime: where.
         seed: of weights, order, views and attacks; the same seed gives the same learner.
+        answers: another network's logits for the training images, (images, classes), which the learner imitates
+            beside the labels (distillation), or None.
         checkpoint: a file to keep after each epoch and to go on from, or None.
         progress: told about images seen.
 
     Raises:
         InputError: the sets do not fit each other, or are empty.
+        UsageError: answers of another shape, or for a learner without labels.
     """
     _check(train, test, learner)
+    if answers is not None and (
+        answers.shape != (len(train), train.classes) or learner.architecture.startswith(PREFIX)
+    ):
+        raise UsageError(
+            f"Expected answers ({len(train)}, {train.classes}) for a learner with labels, got {tuple(answers.shape)} "
+            f"for {learner.architecture}."
+        )
     if learner.architecture.startswith(PREFIX):
         from privet.learning.contrastive import learn_contrastive  # which uses this module
 
@@ -200,6 +223,7 @@ def learn(
                 x,
                 y,
                 rate=rate * schedule(learner.schedule, fraction),
+                answers=None if answers is None else runtime.take(answers, index),
                 runtime=runtime,
             )
             totals += torch.stack((loss * len(index), correct, correct.new_tensor(len(index))))
@@ -262,7 +286,8 @@ def accuracy(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> float:
 
 def make_optimizer(model: nn.Module, learner: Learner) -> tuple[torch.optim.Optimizer, float]:
     """Return the optimiser of a learner and its highest learning rate."""
-    if family(learner.architecture) == "vit":
+    usual = "adamw" if family(learner.architecture) == "vit" else "sgd"
+    if (learner.optimiser or usual) == "adamw":
         rate, decay = learner.learning_rate or 1e-3, learner.weight_decay
         return torch.optim.AdamW(
             model.parameters(), rate, weight_decay=0.05 if decay is None else decay
@@ -289,15 +314,22 @@ def training_step(
     labels: Tensor,
     *,
     rate: float,
+    answers: Tensor | None = None,
     runtime: Runtime,
 ) -> tuple[Tensor, Tensor]:
-    """Do one step of the optimiser; return the mean loss and the number of right answers."""
+    """Do one step of the optimiser; return the mean loss and the number of right answers.
+
+    With another network's `answers` (logits), the loss is that of distillation.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.train()
     with torch.enable_grad(), runtime.autocast():
         logits = model(x).float()
         loss = F.cross_entropy(logits, labels)
+        if answers is not None:
+            soft = F.cross_entropy(logits / TEMPERATURE, F.softmax(answers / TEMPERATURE, dim=1))
+            loss = (1 - IMITATION) * loss + IMITATION * TEMPERATURE**2 * soft
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     # Without it a single bad batch ends a network that has no batch norm.
