@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,7 @@ def test_errors_show_no_key(made: World, monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*_: object, **__: object) -> None:
         raise LookupError("lost")
 
-    monkeypatch.setattr("privet.licensing.vendor.measure", broken)
+    monkeypatch.setattr(sys.modules["privet.licensing.release"], "measure", broken)  # not the function's
     from privet.licensing import StemPlan, release
 
     with pytest.raises(LookupError) as caught:

@@ -99,7 +99,7 @@ def protect(
     from privet.cli.protect import parse_settings
     from privet.licensing import Vendor
     from privet.licensing import protect as make
-    from privet.licensing.vendor import keyed_method
+    from privet.licensing.protect import keyed_method
 
     settings = {**parse_settings(keyed_method(method), set or []), "epsilon": epsilon}
     vendor = Vendor.open(keys, read_passphrase(passphrase_file, "Passphrase of the vendor"))

@@ -1,0 +1,125 @@
+"""Fingerprinted copies of a release, one for each licensee, and from whose copy leaked images come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from privet.errors import LicenceError, UsageError
+from privet.files import read_lines
+from privet.images import ImageSet, open_images
+from privet.images.budget import Budget
+from privet.learning import Job, Publication, Runtime, publish_changed
+from privet.licensing.fingerprint import FALSE_ACCUSATIONS, Suspect, mark, trace
+from privet.licensing.issue import LEDGER
+from privet.licensing.keys import Vendor
+from privet.licensing.licence import Licence
+from privet.licensing.manifest import describe_files, read_manifest, write_manifest
+from privet.licensing.release import now, open_master, open_pair
+from privet.progress import Progress, silent
+
+
+def make_copy(
+    protected: Path,
+    clean: str | Path,
+    licence: Licence,
+    vendor: Vendor,
+    out: Path,
+    *,
+    runtime: Runtime,
+    workers: int = 4,
+    progress: Progress = silent,
+) -> Publication:
+    """Write a licensee's fingerprinted copy of a release, with a manifest of its own.
+
+    Args:
+        protected: the release's folder, with its manifest.
+        clean: the originals.
+        licence: issued with `copied`.
+        vendor: who signs.
+        out: a new folder; a killed call goes on there.
+        runtime: where.
+        workers: files encoded at a time.
+        progress: told about images.
+
+    Raises:
+        UsageError: the licence has no copy, or the release no L-infinity budget to stay in.
+        PrivetError: as `read_manifest`, `open_images` and `publish_changed`.
+    """
+    copy = licence.terms.copy
+    manifest = read_manifest(protected, public=vendor.public)
+    budget = manifest.budget or {}
+    if copy is None or budget.get("norm") != "linf":
+        raise UsageError(
+            "A copy needs a licence that was issued with one, and a release with an L-infinity budget."
+        )
+    images, originals = open_pair(protected, clean, progress)
+    key = vendor.fingerprint(manifest.release, copy)
+    epsilon = int(budget["amount"])
+    # Read anew under the same names: a chip changes a value by 1 at most.
+    written = publish_changed(
+        images,
+        lambda: _in_order(mark(images, originals, key, epsilon=epsilon, stem=licence.stem), images),
+        out,
+        job=Job(runtime=runtime, seed=0, progress=progress),
+        record={
+            "method": manifest.method,
+            "budget": dict(budget),
+            "release": manifest.release,
+            "copy": copy,
+        },
+        budget=Budget(norm="linf", amount=1),
+        workers=workers,
+    )
+    write_manifest(
+        out,
+        replace(manifest, copy=copy, created=now(), files=describe_files(out, workers=workers)),
+        vendor,
+    )
+    return written
+
+
+def find_leak(
+    leaked: str | Path,
+    protected: str | Path,
+    vendor: Vendor,
+    name: str,
+    passphrase: str,
+    *,
+    false_accusations: float = FALSE_ACCUSATIONS,
+    progress: Progress = silent,
+) -> list[tuple[str, Suspect]]:
+    """Say from which licensee's copy leaked images come: each licensee and what `trace` says, surest first.
+
+    Args:
+        leaked: images that were found.
+        protected: the release before any copy was marked.
+        vendor: whose ledger names the licensees.
+        name: of the release.
+        passphrase: the vendor's.
+        false_accusations: the probability of accusing anybody innocent that is accepted.
+        progress: told about images.
+
+    Raises:
+        LicenceError: nobody got a copy of this release.
+    """
+    copies = {
+        str(entry["copy"]): str(entry["licensee"])
+        for entry in read_lines(vendor.folder / LEDGER)
+        if entry["release"] == name and entry["copy"]
+    }
+    if not copies:
+        raise LicenceError(
+            f"The ledger knows no copy of the release {name!r}; copies are issued with --copy."
+        )
+    stem = open_master(vendor, name, passphrase).stem
+    base = open_images(protected, progress=progress)
+    found = open_images(leaked, size=base.size, progress=progress)
+    keys = {copy: vendor.fingerprint(name, copy) for copy in copies}
+    suspects = trace(found, base, keys, stem=stem, false_accusations=false_accusations, progress=progress)
+    return [(copies[suspect.copy], suspect) for suspect in suspects]
+
+
+def _in_order(marked: ImageSet, images: ImageSet) -> ImageSet:
+    place = {name: index for index, name in enumerate(marked.names)}
+    return images.with_pixels(marked.subset([place[name] for name in images.names]).pixels)

@@ -1,0 +1,222 @@
+"""Make a release of protected files: sign what is in it, and keep what licences are made of.
+
+The vendor's folder gets, beside the keys, one licence for each release, sealed with the vendor's own
+passphrase, from which licensees' are made (`NAME.licence`). It is private.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from privet.errors import InputError, LicenceError, OutputError, UsageError
+from privet.files import RUN, read_json, sha256
+from privet.images import ImageSet, open_images, pair
+from privet.images.picture import measure
+from privet.learning import Learner
+from privet.licensing.keys import Vendor
+from privet.licensing.licence import Licence, Terms, read_licence, write_licence
+from privet.licensing.manifest import Manifest, check_name, describe_files, write_manifest
+from privet.licensing.sealed import WORK
+from privet.licensing.unlock import Unlock
+from privet.models import load_model
+from privet.models.keyed_stem import CHUNK, KeyedStem
+from privet.models.weights import read_tensors
+from privet.progress import Progress, silent
+from privet.protection import KeyedEM, Lock
+
+
+@dataclass(frozen=True, kw_only=True)
+class StemPlan:
+    """The stem that a release shall have; as for `KeyedStem.from_key`."""
+
+    group: int = 4
+    tile: int = 8
+    grey: bool = False
+
+
+def release(
+    folder: Path,
+    vendor: Vendor,
+    name: str,
+    passphrase: str,
+    *,
+    stem: StemPlan | None = None,
+    lock: bool = False,
+    clean: str | Path | None = None,
+    weights: Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    audit: Path | None = None,
+    work: int = WORK,
+    progress: Progress = silent,
+) -> Manifest:
+    """Make a release of a folder of protected files: sign its manifest, and keep what licences are made of.
+
+    Args:
+        folder: what was protected; gets `release.json`.
+        vendor: who signs.
+        name: of the release, never used before; the stem follows from it.
+        passphrase: of the vendor, for the file that the licences are made from.
+        stem: the stem that the perturbation was confined to; None for what `protect` wrote into run.json,
+            if it made these files, and else for no stem.
+        lock: each class was changed by one pattern, which licences shall hold; known of what `protect` locked.
+        clean: the originals; needed with a stem, to check that through it both look the same, and with a
+            lock, to find its patterns.
+        weights: the secret initial weights, as a file that privet saved, or None.
+        recipe: settings of `Learner` by name.
+        audit: the report.json of the audit of these files, or None.
+        work: as for `seal`.
+        progress: told about images.
+
+    Raises:
+        UsageError: no stem, lock or weights, so that nothing would authorise; or a recipe that cannot work.
+        LicenceError: the perturbation is not what the stem takes away, or no lock.
+        InputError, OutputError: as usual.
+    """
+    check_name(name)
+    settings = check_recipe(recipe or {})
+    run = read_json(folder / RUN) if (folder / RUN).exists() else {}
+    stem, lock = stem or _planned(run), lock or run.get("method") == Lock.name
+    if stem is None and weights is None and not lock:
+        raise UsageError(
+            "Expected a stem, a lock or initial weights: without any, everybody is authorised alike."
+        )
+    if (stem is not None or lock) and clean is None:
+        raise UsageError("A release with a stem or a lock needs the originals, to check that it fits.")
+    tensors: dict[str, Tensor] = {}
+    if lock and clean is not None:
+        images, originals = open_pair(folder, clean, progress)
+        _, images = _whole_pair(originals, images)
+        patterns = Unlock.between(originals, images).patterns
+        tensors |= {f"lock/{key}": value for key, value in patterns.items()}
+    if stem is not None and clean is not None:
+        layer = vendor.stem(name, group=stem.group, tile=stem.tile, grey=stem.grey)
+        _check_stem(layer, folder, clean, grey=stem.grey, progress=progress)
+        tensors |= {f"stem/{key}": value for key, value in layer.state_dict().items()}
+    if weights is not None:
+        _, about = load_model(weights)
+        if settings.setdefault("architecture", about.architecture) != about.architecture:
+            raise UsageError(
+                f"The recipe is for {settings['architecture']}, the initial weights are a {about.architecture}'s."
+            )
+        tensors |= {f"weights/{key}": value for key, value in read_tensors(weights)[0].items()}
+    terms = Terms(release=name, licensee="vendor", recipe=settings, public_key=vendor.public.hex())
+    master = Licence(terms=terms, salt=vendor.salt(name), tensors=tensors)
+    manifest = Manifest(
+        release=name,
+        copy=None,
+        created=now(),
+        public_key=vendor.public.hex(),
+        files=describe_files(folder),
+        method=run.get("method"),
+        budget=run.get("budget"),
+        commitments=master.commitments,
+        audit=None if audit is None else _digest(audit),
+    )
+    path = master_path(vendor, name)
+    if path.exists():
+        if read_licence(path, passphrase, public=vendor.public).commitments != master.commitments:
+            raise OutputError(
+                f"There was a release {name} with other keys or another recipe. Choose a new name."
+            )
+    else:
+        write_licence(path, master, vendor, passphrase, work=work)
+    write_manifest(folder, manifest, vendor)
+    return manifest
+
+
+def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe that `Learner` takes.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if "weights" in recipe:
+        raise UsageError("A recipe names no weights file: initial weights are part of the licence.")
+    try:
+        Learner(**recipe)
+    except TypeError as error:
+        raise UsageError(f"A recipe holds settings of Learner; this one does not: {error}.") from error
+    return dict(recipe)
+
+
+def open_pair(protected: str | Path, clean: str | Path, progress: Progress) -> tuple[ImageSet, ImageSet]:
+    """Open both sets at the files' own size, which must be one."""
+    images = open_images(protected, progress=progress)
+    if any(measure(file.read()) != images.size for file in images.files):
+        raise InputError(
+            "Stems and fingerprints need files of one size of at most 224 px, for they work on the files' own pixels. "
+            "Resize the originals, then protect them."
+        )
+    return images, open_images(clean, size=images.size, progress=progress)
+
+
+def master_path(vendor: Vendor, name: str) -> Path:
+    return vendor.folder / f"{check_name(name)}.licence"
+
+
+def open_master(vendor: Vendor, name: str, passphrase: str) -> Licence:
+    path = master_path(vendor, name)
+    if not path.exists():
+        raise LicenceError(f"There is no release {name!r} in {vendor.folder}.")
+    return read_licence(path, passphrase, public=vendor.public)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _planned(run: Mapping[str, Any]) -> StemPlan | None:
+    """Return the stem that a run confined its noise to, or None."""
+    if run.get("method") != KeyedEM.name:
+        return None
+    try:
+        settings = run["settings"]
+        return StemPlan(group=int(settings["group"]), tile=int(settings["tile"]), grey=bool(settings["grey"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{RUN} names the method {KeyedEM.name}, but not its stem. Protect the originals again."
+        ) from error
+
+
+def _check_stem(stem: KeyedStem, folder: Path, clean: str | Path, *, grey: bool, progress: Progress) -> None:
+    images, originals = open_pair(folder, clean, progress)
+    if bool(images.grey.any()) and not grey:
+        raise UsageError("Some images are grey, and their channels must move together: give --stem-grey.")
+    before, after = _whole_pair(originals, images)
+    differ = sum(
+        int(
+            (stem(before.pixels[start : start + CHUNK]) != stem(after.pixels[start : start + CHUNK]))
+            .flatten(1)
+            .any(1)
+            .sum()
+        )
+        for start in range(0, len(after), CHUNK)
+    )
+    if differ:
+        raise LicenceError(
+            f"Through the stem, {differ} of {len(after)} protected images differ from their originals: the "
+            "perturbation is not what this stem takes away. Protect them with the stem of this release."
+        )
+
+
+def _whole_pair(originals: ImageSet, images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Return each protected image beside its original; all must have one."""
+    before, after = pair(originals, images)
+    if len(after) != len(images):
+        raise InputError(
+            f"Of {len(images)} protected images only {len(after)} have an original of their name."
+        )
+    return before, after
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
