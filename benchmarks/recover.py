@@ -86,6 +86,7 @@ SMALL = Table(
         "purify-1+grayscale",
         "jpeg-10+grayscale",
         "purify+grayscale",
+        "versions",
         "jcdp",
         "projection+purify",
         "avatar",
@@ -199,7 +200,7 @@ class Bench:
     def recovered(self, protection: str, name: str) -> tuple[ImageSet, float | None]:
         """Return recovered files, made now if they are not there, and the seconds that it took."""
         images, recovery = self.protected(protection), self.recovery(name)
-        if recovery.adapt(self.table.learner) != self.table.learner or name == "none":
+        if recovery.trains or name == "none":
             return images, None
         out = self.work / f"{self.kind}-{protection}-0-{name.replace(' ', '-')}"
         note, fresh, started = out.with_suffix(".seconds"), not out.exists(), time.perf_counter()

@@ -115,6 +115,7 @@ def describe(recovery: str) -> str:
         "purify": "purification by a diffusion prior",
         "jcdp": "JCDP (learnable examples)",
         "avatar": "AVATAR",
+        "versions": "several versions of each image",
         "coin": "random interpolation (COIN)",
         "dvae": "D-VAE",
         "ueraser": f"UEraser{number and '-'}{number.capitalize()}",

@@ -36,10 +36,10 @@ def recover(
     method
         purify (purify-1: one round), jcdp, avatar (with a prior), jpeg-QUALITY, grayscale, bitdepth-BITS,
         blur-SIGMA, projection, coin, dvae (dvae-16 on processors); or several joined by +, as in
-        purify-1+grayscale; or auto, which tries some on a part of the images and chooses. docs/methods.md says
-        what each does.
+        purify-1+grayscale; versions, which writes each image as several of them leave it; or auto, which tries some on
+        a part of the images and chooses. docs/methods.md says what each does.
     prior
-        For purify, jcdp and avatar, and for auto to try purify too: a folder of 'privet prior train', or a
+        For purify, jcdp and avatar, and for auto and versions to use purify too: a folder of 'privet prior train', or a
         diffusion model of the hub.
     seed
         The same seed gives the same bytes.

@@ -21,6 +21,7 @@ from privet.recovery.publication import restore
 from privet.recovery.purify import Purify
 from privet.recovery.squeeze import JPEG, BitDepth, Blur, Grayscale
 from privet.recovery.ueraser import UEraser
+from privet.recovery.versions import Versions
 
 __all__ = [
     "AVATAR",
@@ -42,6 +43,7 @@ __all__ = [
     "Purify",
     "Recovery",
     "UEraser",
+    "Versions",
     "create_recovery",
     "load_prior",
     "needs_prior",
@@ -73,6 +75,9 @@ WHOLE = ("jpeg", "bitdepth", "dvae")
 # Among which `auto` chooses; the last one where there is a prior.
 CANDIDATES = ("none", "jpeg-10", "projection", "projection+jpeg-50", "coin", "purify")
 
+# What `versions` are; the last one where there is a prior.
+VERSIONS = ("jpeg-10", "jpeg-10+grayscale", "purify-1+grayscale")
+
 
 def needs_prior(name: str) -> bool:
     """Say whether a recovery of this name denoises with a prior."""
@@ -84,7 +89,8 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
 
     Args:
         name: the name.
-        prior: a folder or a model of the hub, for those that denoise with one; "auto" does without, or tries it too.
+        prior: a folder or a model of the hub, for those that denoise with one; "auto" and "versions" do without,
+            or use it too.
 
     Raises:
         UsageError: no such recovery, a number out of range, or no prior where one is needed.
@@ -92,9 +98,11 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
     parts = name.split("+")
     if len(parts) > 1:
         return Chain(tuple(create_recovery(part, prior=prior) for part in parts))
-    if name == "auto":
-        usable = (one for one in CANDIDATES if prior is not None or not needs_prior(one))
-        return Auto(tuple(create_recovery(one, prior=prior) for one in usable))
+    if name in ("auto", "versions"):
+        named = CANDIDATES if name == "auto" else VERSIONS
+        usable = (one for one in named if prior is not None or not needs_prior(one))
+        made = tuple(create_recovery(one, prior=prior) for one in usable)
+        return Auto(made) if name == "auto" else Versions(made)
     kind, _, number = name.partition("-")
     if name in WITH_PRIOR or re.fullmatch(r"purify-[1-9]", name):
         if prior is None:
@@ -109,7 +117,14 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
         make, least, most = NUMBERED[kind]
         if least <= float(number) <= most:
             return make(float(number))
-    names = [*PLAIN, *WITH_PRIOR, "purify-ROUNDS", "auto", *(f"{kind}-NUMBER" for kind in NUMBERED)]
+    names = [
+        *PLAIN,
+        *WITH_PRIOR,
+        "purify-ROUNDS",
+        "auto",
+        "versions",
+        *(f"{kind}-NUMBER" for kind in NUMBERED),
+    ]
     raise UsageError(
         f"Unknown recovery {name!r}; expected one of {', '.join(names)} (quality 1 to 100, 1 to 7 bits, sigma in "
         "pixels, width 4 to 512, radius in 1/255), or several joined by +."

@@ -18,5 +18,9 @@ class AdversarialTraining(Recovery):
     def name(self) -> str:
         return f"adversarial-{self.radius:g}"
 
+    @property
+    def trains(self) -> bool:
+        return True
+
     def adapt(self, learner: Learner) -> Learner:
         return replace(learner, radius=self.radius)

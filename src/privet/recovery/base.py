@@ -31,6 +31,15 @@ class Recovery(ABC):
         settings: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
         return {"recovery": self.name, "settings": settings}
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is a way of training, of which no files can be made."""
+        return False
+
+    def originals(self, images: ImageSet) -> ImageSet:
+        """Return the protected image of each recovered one; the same images, unless there are several of each."""
+        return images
+
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         """Return the training images as the learner gets them."""
         return images

@@ -25,6 +25,15 @@ class Chain(Recovery):
     def record(self) -> dict[str, Any]:
         return {"recovery": self.name, "settings": {"parts": [part.record() for part in self.parts]}}
 
+    @property
+    def trains(self) -> bool:
+        return any(part.trains for part in self.parts)
+
+    def originals(self, images: ImageSet) -> ImageSet:
+        for part in self.parts:
+            images = part.originals(images)
+        return images
+
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         for number, part in enumerate(self.parts):
             own = dataclasses.replace(job, workspace=job.file(f"{number}-{part.name}"), facts={})

@@ -9,7 +9,6 @@ from privet.images.image_set import ImageSet
 from privet.learning.job import Job
 from privet.learning.publication import Publication, publish_changed
 from privet.learning.runtime import Runtime
-from privet.learning.train import Learner
 from privet.progress import Progress, silent
 from privet.recovery.base import Recovery
 
@@ -36,14 +35,14 @@ def restore(
         UsageError: the recovery is a way of training, and leaves images as they are.
         PrivetError: as `publish_changed`.
     """
-    if recovery.adapt(Learner()) != Learner():
+    if recovery.trains:
         raise UsageError(
             f"{recovery.name} is a way of training and leaves images as they are; try it with "
             f"'privet audit --recoveries none,{recovery.name}'."
         )
     job = Job(runtime=runtime, seed=seed, checkpoint_seconds=checkpoint_seconds, progress=progress)
     return publish_changed(
-        images,
+        recovery.originals(images),
         lambda: recovery.recover(images, job),
         out,
         job=job,

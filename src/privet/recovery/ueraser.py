@@ -34,5 +34,9 @@ class UEraser(Recovery):
     def name(self) -> str:
         return "ueraser-lite" if self.draws == 1 else "ueraser-max" if self.share == 1 else "ueraser"
 
+    @property
+    def trains(self) -> bool:
+        return True
+
     def adapt(self, learner: Learner) -> Learner:
         return replace(learner, distort=True, draws=self.draws, hard_share=self.share)

@@ -1,0 +1,62 @@
+"""Several versions of each image, each recovered in another way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from privet.errors import UsageError
+from privet.images.image_set import ImageSet
+from privet.learning.job import Job
+from privet.learning.train import Learner
+from privet.recovery.base import Recovery
+
+
+@dataclass(frozen=True)
+class Versions(Recovery):
+    """Each image as several recoveries leave it, all of them to learn from: ours.
+
+    Recoveries differ in which shortcut they leave: JPEG that of the colours, grayscale that of single pixels, and
+    so on. A network that sees every image in all versions gains nothing from what only some of them have. One
+    version of each image will not do: then a shortcut is the only way to tell its images apart (docs/methods.md).
+    A learner goes through so much fewer epochs that it takes as many steps as on the images alone.
+
+    Attributes:
+        parts: recoveries that change training images alone, or leave the test images usable as they are.
+    """
+
+    parts: tuple[Recovery, ...]
+
+    name = "versions"
+
+    def __post_init__(self) -> None:
+        if len({part.name for part in self.parts}) < max(2, len(self.parts)) or any(
+            part.trains for part in self.parts
+        ):
+            raise UsageError(
+                "versions needs at least two different recoveries that change images, got "
+                f"{', '.join(part.name for part in self.parts) or 'none'}."
+            )
+
+    def record(self) -> dict[str, Any]:
+        return {"recovery": self.name, "settings": {"parts": [part.record() for part in self.parts]}}
+
+    def originals(self, images: ImageSet) -> ImageSet:
+        index = torch.arange(len(images)).repeat(len(self.parts))
+        names = tuple(f"{name}-{part.name}" for part in self.parts for name in images.names)
+        return replace(images.subset(index), names=names)
+
+    def recover(self, images: ImageSet, job: Job) -> ImageSet:
+        """Return all versions of the images, one after the other."""
+        found = []
+        for part in self.parts:
+            own = replace(job, workspace=job.file(part.name), facts={})
+            found.append(part.recover(images, own).pixels)
+            if own.facts:
+                job.facts[part.name] = own.facts
+        return self.originals(images).with_pixels(torch.cat(found))
+
+    def adapt(self, learner: Learner) -> Learner:
+        return replace(learner, epochs=max(1, round(learner.epochs / len(self.parts))))
