@@ -43,7 +43,7 @@ def protect(
     method
         em, sem, rem, tap (noise that nobody sees); ucl, tue (likewise, against learners without labels); lsp, ar, ops,
         cuda (seconds, but visible); or random (the control, which does not protect). keyed-em, which needs a key, has
-        its own verb: privet license protect.
+        its own verb: privet license protect; uge needs one too and works from Python only, for now.
     preset
         paper (the published settings; needs a GPU) or cpu (small and short).
         Default: paper where there is a GPU, else cpu.

@@ -15,6 +15,7 @@ from privet.protection.sem import SEM
 from privet.protection.tap import TAP
 from privet.protection.tue import TUE
 from privet.protection.ucl import UCL
+from privet.protection.uge import UGE
 
 __all__ = [
     "AR",
@@ -28,6 +29,7 @@ __all__ = [
     "TAP",
     "TUE",
     "UCL",
+    "UGE",
     "Bounded",
     "Job",
     "KeyedEM",
@@ -38,5 +40,6 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Protection]] = {
-    method.name: method for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, RandomNoise)
+    method.name: method
+    for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, UGE, RandomNoise)
 }
