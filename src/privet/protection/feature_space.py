@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
 from privet.learning.probe import features
+from privet.learning.runtime import Runtime
 from privet.learning.train import Learner, learn
 from privet.models.projection import other_head
 from privet.seeds import derive
@@ -58,12 +59,14 @@ class FeatureSpace:
         model: a classifier.
         whitening: of what its last layer gets.
         prototypes: mean of each class, (classes, directions).
+        runtime: precision of the network's passes; all else is float32.
         margin: a distance that nine tenths of the pairs of originals of different classes do not exceed.
     """
 
     model: nn.Module
     whitening: Whitening
     prototypes: Tensor
+    runtime: Runtime
     margin: float
 
     @classmethod
@@ -80,12 +83,19 @@ class FeatureSpace:
         ]
         apart = torch.cat(pairs)
         margin = float(apart.sort().values[int(MARGIN * (len(apart) - 1))]) if len(apart) else 1.0
-        return cls(model=model, whitening=whitening, prototypes=prototypes, margin=max(margin, 1e-6))
+        return cls(
+            model=model,
+            whitening=whitening,
+            prototypes=prototypes,
+            runtime=job.runtime,
+            margin=max(margin, 1e-6),
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map images in [0, 1], (batch, 3, height, width), to whitened features, (batch, directions)."""
-        with other_head(self.model, nn.Identity()):
-            return self.whitening(self.model(x).float())
+        with other_head(self.model, nn.Identity()), self.runtime.autocast():
+            rows = self.model(x)
+        return self.whitening(rows.float())
 
     def repel(self, x: Tensor, originals: Tensor) -> Tensor:
         """Return how near images still are to their originals: 1 in the same place, 0 from the margin on.
@@ -107,7 +117,9 @@ class FeatureSpace:
 
     def surrogate(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of the network's answers to the targets."""
-        return F.cross_entropy(self.model(x).float(), targets)
+        with self.runtime.autocast():
+            logits = self.model(x)
+        return F.cross_entropy(logits.float(), targets)
 
 
 def train_space(images: ImageSet, learner: Learner, *, number: int, job: Job) -> FeatureSpace:

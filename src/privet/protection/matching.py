@@ -19,6 +19,7 @@ def weight_gradient(
 
     The network runs as it trains: batch norm takes the batch's own statistics. Neither it nor the point is
     changed, running statistics included. Vectors (biases, batch norm) are left out, as dataset condensation does.
+    All is float32: what is compared is small.
 
     Args:
         model: gives the architecture.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from privet.learning.runtime import Runtime
 from privet.protection.feature_space import FeatureSpace
 from privet.protection.matching import cosine_distance, residual, weight_gradient
 from privet.protection.trajectory import Point
@@ -27,7 +26,6 @@ class Objective:
         networks: the authorised ones; of each, its architecture.
         spaces: feature spaces.
         targets: for each class another one, (classes,).
-        runtime: precision of the features. Gradients of gradients are float32.
     """
 
     matching: str
@@ -37,7 +35,6 @@ class Objective:
     networks: Sequence[nn.Module]
     spaces: Sequence[FeatureSpace]
     targets: Tensor
-    runtime: Runtime
 
     def __call__(
         self, seen: Tensor, originals: Tensor, labels: Tensor, *, points: Sequence[Point], weight: float
@@ -69,9 +66,8 @@ class Objective:
         return torch.stack(losses).sum() / len(self.networks) + self.distance_weight * apart, measured
 
     def _distance(self, space: FeatureSpace, seen: Tensor, originals: Tensor, labels: Tensor) -> Tensor:
-        with self.runtime.autocast():
-            if self.distance == "repel":
-                return space.repel(seen, originals)
-            if self.distance == "permute":
-                return space.permute(seen, labels, self.targets[labels])
-            return space.surrogate(seen, self.targets[labels])
+        if self.distance == "repel":
+            return space.repel(seen, originals)
+        if self.distance == "permute":
+            return space.permute(seen, labels, self.targets[labels])
+        return space.surrogate(seen, self.targets[labels])

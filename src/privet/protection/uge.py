@@ -88,7 +88,7 @@ class UGE(Bounded):
         points: of each of their trainings.
         refreshes: how often they are trained on what the images are by then.
         passes: over the images before the first refresh, and after each.
-        batch_size: images a step.
+        batch_size: images a step, of the noise and of all networks.
         step_size: of a descent in 1/255, at first; the steps become linearly shorter. Not for a generator.
         flip: whether views are mirrored; no for handwriting.
     """
@@ -204,11 +204,18 @@ class UGE(Bounded):
         path = job.file("uge.safetensors")
         state = noise.load(path) or {"step": 0, "weight": 1.0, "sums": {}}
         objective = self._objective(images, job) if state["step"] < steps else None
+        originals: list[list[Point]] = []
         pools: list[list[Point]] = []
         for step in range(state["step"], steps):
             assert objective is not None
             if not pools or step % per_round == 0:
-                pools = self._pools(noise, images, batches, step // per_round, job)
+                round_ = step // per_round + 1
+                originals = originals or self._follow(images, images, "originals", job)
+                pools = originals
+                if round_ > 1:
+                    changed = self._changed(noise, images, batches)
+                    latest = self._follow(changed, images, f"round-{round_}", job)
+                    pools = [one + other for one, other in zip(originals, latest, strict=True)]
             if step % per_pass == 0:
                 state["sums"] = {}
             order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_pass))
@@ -252,41 +259,42 @@ class UGE(Bounded):
             distance=self.distance,
             distance_weight=self.distance_weight,
             undistil=self.undistil,
-            networks=[job.runtime.place(model) for model in self.networks(images)],
+            networks=self._placed(images, job),
             spaces=[
                 train_space(images, self._learner(name, self.encoder_epochs), number=number, job=job)
                 for number, name in enumerate(self.encoders)
             ],
             targets=derangement(self.key, images.classes).to(job.runtime.device),
-            runtime=job.runtime,
         )
 
-    def _pools(
-        self, noise: Noise, images: ImageSet, batches: Batches, round_: int, job: Job
-    ) -> list[list[Point]]:
-        """Return points of each network's training: on the originals and, later, on what they are by now."""
-        sources = {"originals": images}
-        if round_ > 0:
-            chunks = torch.split(torch.arange(len(images)), CHUNK)
-            pixels = [
-                self._bytes(images, index, noise(index, batches[index]).detach() * 255) for index in chunks
-            ]
-            sources[f"round-{round_ + 1}"] = images.with_pixels(torch.cat(pixels))
+    def _changed(self, noise: Noise, images: ImageSet, batches: Batches) -> ImageSet:
+        """Return the images as they would be published now."""
+        chunks = torch.split(torch.arange(len(images)), CHUNK)
+        pixels = [self._bytes(images, index, noise(index, batches[index]).detach() * 255) for index in chunks]
+        return images.with_pixels(torch.cat(pixels))
+
+    def _follow(self, images: ImageSet, originals: ImageSet, name: str, job: Job) -> list[list[Point]]:
+        """Return points of each authorised network's training on the images."""
         return [
-            [
-                point
-                for name, source in sources.items()
-                for point in follow(
-                    job.runtime.place(self.networks(images)[number]),
-                    self._learner(architecture, self.train_epochs),
-                    source,
-                    images,
-                    count=self.points,
-                    name=f"authorised-{number + 1}-{name}",
-                    job=job,
-                )
-            ]
-            for number, architecture in enumerate(self.authorised)
+            follow(
+                model,
+                self._learner(architecture, self.train_epochs),
+                images,
+                originals,
+                count=self.points,
+                name=f"authorised-{number + 1}-{name}",
+                job=job,
+            )
+            for number, (model, architecture) in enumerate(
+                zip(self._placed(originals, job), self.authorised, strict=True)
+            )
+        ]
+
+    def _placed(self, images: ImageSet, job: Job) -> list[nn.Module]:
+        """Return the authorised networks on the device, never compiled: that has no second derivative."""
+        return [
+            model.to(job.runtime.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for model in self.networks(images)
         ]
 
     def _descend(
@@ -316,5 +324,5 @@ class UGE(Bounded):
         return measured
 
     def _learner(self, architecture: str, epochs: int) -> Learner:
-        """Return how a network is trained here: as everywhere, by `Learner`'s defaults."""
-        return Learner(architecture=architecture, epochs=epochs, flip=self.flip)
+        """Return how networks are trained here: by the defaults of `Learner`, but for the batch."""
+        return Learner(architecture=architecture, epochs=epochs, batch_size=self.batch_size, flip=self.flip)
