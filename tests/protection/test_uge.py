@@ -22,6 +22,8 @@ from privet.protection.authorised import derangement, initial_weights
 from privet.protection.feature_space import FeatureSpace, Whitening, train_space
 from privet.protection.generator import UNet
 from privet.protection.matching import cosine_distance, residual, squared_norm, weight_gradient
+from privet.protection.minimise import Batches
+from privet.protection.noise import Stored
 from privet.protection.objective import Objective
 from privet.protection.trajectory import Point, follow
 from privet.protection.undistil import undistillation
@@ -364,6 +366,32 @@ def test_each_loss_is_really_lowered(runtime: Runtime, parameters: str, distance
     for loss in ("residual", "cosine"):
         assert found["matched"][loss] < 0.8 * found["noise"][loss]
         assert found["matched"][loss] < found["far"][loss]
+
+
+def test_a_step_shows_the_same_view_of_both_and_late_ones_whole_values(runtime: Runtime) -> None:
+    images = blobs(8)
+    batches = Batches(images, runtime)
+    index = torch.arange(8)
+    for done, whole in ((0.1, False), (0.9, True)):
+        shown: list[Tensor] = []
+
+        def spy(
+            seen: Tensor, originals: Tensor, labels: Tensor, **rest: Any
+        ) -> tuple[Tensor, dict[str, float]]:
+            shown.extend((seen.detach() * 255, originals * 255))
+            return seen.square().sum(), {}
+
+        noise = Stored(images, epsilon=8 / 255, step_size=1 / 255, job=Job(runtime=runtime))
+        before = noise.noise.clone()
+        randomness = torch.Generator().manual_seed(0)
+        METHOD._descend(noise, index, batches[index], spy, [], done, 1.0, randomness)  # type: ignore[arg-type]
+        seen, originals = shown
+        assert value_of((seen - originals).abs().max()) <= 8 + 1e-4
+        assert not torch.allclose(originals, images.pixels.float())  # a view
+        assert torch.allclose(seen, seen.round(), atol=1e-3) is whole
+        # The loss is lower the darker an image is: noise falls where a pixel was in view.
+        assert bool((noise.noise <= before).all())
+        assert value_of((noise.noise < before).float().mean()) > 0.5
 
 
 def test_weight_of_the_matching_follows_the_match(runtime: Runtime) -> None:

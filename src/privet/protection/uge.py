@@ -241,7 +241,7 @@ class UGE(Bounded):
             state["step"] = step + 1
             stage = f"round {step // per_round + 1}: matching gradients"
             job.progress(stage, (step % per_round + 1) * size, per_round * size)
-            # Before a refresh it must be on disk: the training that follows is of just this noise.
+            # A round is always kept: the training that follows takes long.
             if path is not None and job.checkpoint_due(last=(step + 1) % per_round == 0):
                 noise.save(path, state)
         means = {name: value / per_pass for name, value in state["sums"].items()}
