@@ -33,6 +33,7 @@ CHOICES = {
     "weighting": ("dual", "paper"),
 }
 ROUNDED = 0.2  # of the steps, the last, see noise in whole 1/255
+MEMORY = 0.05  # share of a step in the running mean that is held against the tolerance
 HASTE = 0.05  # how fast the weight of the matching follows, in powers of e a step
 LEAST, MOST = 1e-2, 1e3  # it
 
@@ -48,9 +49,9 @@ class UGE(Bounded):
 
     L_match compares the gradients that x and x_u give at random points of the authorised network's training;
     L_distance drives x_u away from x in a common space of features; L_undistil spoils what the trained network's
-    answers on x_u could teach others. That there are these three terms, the bound, the sum of them, a cosine
-    distance at random epochs, and a generator is the paper's. All else is a reconstruction, as its formulas
-    were not to be had. Ours are in particular:
+    answers on x_u could teach others. That there are these three terms, a bound and a generator is known from the
+    abstract and a caption; that they are summed, and a cosine distance at random epochs, from summaries by others. All
+    else is a reconstruction, as the formulas were not to be had. Ours are in particular:
 
     - noise of each image by signed descents instead of a generator (`parameters`), which is `epsilon * tanh(U)`
       and not the clamp of its output, as a clamp has no gradient outside;
@@ -80,8 +81,8 @@ class UGE(Bounded):
             authorised architecture among them is a decoy: it starts from other weights than the authorised network.
         encoder_epochs: of their training on the originals.
         weighting: "dual" (the weight of the matching rises while the match is worse than `tolerance`, and
-            falls) or "paper" (it is 1).
-        tolerance: what L_match is kept at.
+            falls while it is better) or "paper" (it is 1).
+        tolerance: what the running mean of L_match is kept at.
         distance_weight: w_d.
         undistil: w_u.
         train_epochs: of the authorised networks, trained as `Learner` does.
@@ -131,8 +132,9 @@ class UGE(Bounded):
             "encoders": ("vgg11-w16", "cnn-w16"),
             "encoder_epochs": 12,
             "train_epochs": 12,
-            "refreshes": 2,
-            "passes": 4,
+            "refreshes": 1,
+            "passes": 5,
+            "step_size": 2.0,
         },
     }
 
@@ -202,7 +204,7 @@ class UGE(Bounded):
         per_round = self.passes * per_pass
         steps = (self.refreshes + 1) * per_round
         path = job.file("uge.safetensors")
-        state = noise.load(path) or {"step": 0, "weight": 1.0, "sums": {}}
+        state = noise.load(path) or {"step": 0, "weight": 1.0, "level": self.tolerance, "sums": {}}
         objective = self._objective(images, job) if state["step"] < steps else None
         originals: list[list[Point]] = []
         pools: list[list[Point]] = []
@@ -235,7 +237,9 @@ class UGE(Bounded):
                 job.random("views", step),
             )
             if self.weighting == "dual":
-                excess = max(-1.0, min(1.0, measured[self.matching] / self.tolerance - 1))
+                # Of the mean: single points lie far below it or far above, and each step sees one.
+                level = state["level"] + MEMORY * (measured[self.matching] - state["level"])
+                state["level"], excess = level, min(1.0, level / self.tolerance - 1)
                 state["weight"] = max(LEAST, min(MOST, state["weight"] * exp(HASTE * excess)))
             state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in measured.items()}
             state["step"] = step + 1
