@@ -401,8 +401,16 @@ def test_weight_of_the_matching_follows_the_match(runtime: Runtime) -> None:
         return float(job.facts["matching_weight"])
 
     assert weight(tolerance=1e-6) > 1.2
-    assert weight(tolerance=1e6) < 0.9
+    assert weight(tolerance=1e6) < 1
     assert weight(tolerance=1e-6, weighting="paper") == 1
+
+
+def test_few_large_mismatches_weigh_as_much_as_many_small_ones() -> None:
+    for values, rises in (([0.0] * 9 + [4.0], True), ([0.2] * 10, False)):
+        state = {"weight": 1.0, "level": 0.3}
+        for value in values * 30:
+            replace(METHOD, tolerance=0.3)._steer(state, value)
+        assert (state["weight"] > 1) is rises
 
 
 def test_interrupted_it_goes_on_where_it_was_with_every_part(runtime: Runtime, tmp_path: Path) -> None:

@@ -237,10 +237,7 @@ class UGE(Bounded):
                 job.random("views", step),
             )
             if self.weighting == "dual":
-                # Of the mean: single points lie far below it or far above, and each step sees one.
-                level = state["level"] + MEMORY * (measured[self.matching] - state["level"])
-                state["level"], excess = level, min(1.0, level / self.tolerance - 1)
-                state["weight"] = max(LEAST, min(MOST, state["weight"] * exp(HASTE * excess)))
+                self._steer(state, measured[self.matching])
             state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in measured.items()}
             state["step"] = step + 1
             stage = f"round {step // per_round + 1}: matching gradients"
@@ -251,6 +248,15 @@ class UGE(Bounded):
         means = {name: value / per_pass for name, value in state["sums"].items()}
         job.facts.update(means, matching_weight=state["weight"])
         return noise
+
+    def _steer(self, state: dict[str, Any], mismatch: float) -> None:
+        """Raise the weight of the matching while the mean of the mismatch is above the tolerance, else lower it.
+
+        The mean counts: at single points the mismatch is far below it or far above, and each step sees one.
+        """
+        state["level"] += MEMORY * (mismatch - state["level"])
+        excess = min(1.0, state["level"] / self.tolerance - 1)
+        state["weight"] = min(MOST, max(LEAST, state["weight"] * exp(HASTE * excess)))
 
     def _start(self, images: ImageSet, job: Job) -> Noise:
         if self.parameters == "generator":
