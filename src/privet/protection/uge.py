@@ -64,8 +64,7 @@ class UGE(Bounded):
     - the undistillation: softened answers on the wrong classes differ, where the network is late and sure;
     - the weight of the matching, which follows how good the match is (`weighting`).
 
-    Nobody has shown that such images teach the authorised network and not the others of its architecture:
-    measure it before you rely on it (docs/methods.md).
+    What we measured protects nothing: the images teach the authorised network and all others alike (docs/methods.md).
 
     Of several processes each does the whole matching; the training and the last pass are shared.
 
