@@ -74,9 +74,6 @@ TABLE: dict[str, Protection] = {
     # One descent: of a few groups, several might all come back to where they were.
     "keyed-em": KeyedEM(key=KEY, grey=True, max_rounds=1, **{**SMALL, "noise_steps": 1}),
     "uge": UGE(**UNGENERALIZABLE),
-    "uge, generator": UGE(
-        parameters="generator", distance="permute", matching="cosine", weighting="paper", **UNGENERALIZABLE
-    ),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),

@@ -416,7 +416,11 @@ def test_few_large_mismatches_weigh_as_much_as_many_small_ones() -> None:
 def test_interrupted_it_goes_on_where_it_was_with_every_part(runtime: Runtime, tmp_path: Path) -> None:
     images = blobs(12)
     method = replace(
-        METHOD, authorised=("cnn-w4", "vgg11-w4"), encoders=("simclr:cnn-w4",), distance="permute"
+        METHOD,
+        authorised=("cnn-w4", "vgg11-w4"),
+        parameters="generator",
+        encoders=("simclr:cnn-w4",),
+        distance="permute",
     )
 
     def run(name: str, progress: Any) -> Tensor:
@@ -428,7 +432,7 @@ def test_interrupted_it_goes_on_where_it_was_with_every_part(runtime: Runtime, t
     expected = run("whole", lambda stage, done, total: whole.append(stage))
     stages = list(dict.fromkeys(whole))
     assert len(stages) == 8  # an encoder, two networks twice, two rounds, the last pass
-    for stop in range(1, len(whole) + 1, 3):
+    for stop in range(1, len(whole) + 1, 4):
         name = f"stopped-{stop}"
         with pytest.raises(KeyboardInterrupt):
             run(name, stop_after(stop))

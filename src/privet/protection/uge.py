@@ -72,7 +72,8 @@ class UGE(Bounded):
         key: at least 16 secret bytes that the initial weights (`initial_weights`) and the classes follow from; never
             recorded, but for a commitment.
         authorised: architectures of the authorised networks, each with weights of its own.
-        parameters: "direct" (each image its noise) or "generator" (a UNet of image and label).
+        parameters: "direct" (each image its noise) or "generator" (a UNet of image and label; with a budget of 1 some
+            of its noise can round to nothing).
         matching: "cosine" or "residual".
         distance: "repel" (from the image's own features), "permute" (from its class's mean towards another's)
             or "surrogate" (the encoders take it for the other class).
