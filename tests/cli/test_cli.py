@@ -105,7 +105,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "unknown method": (
         ["protect", "{clean}", "--out", "{out}", "--method", "em2"],
         2,
-        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, keyed-em, lock, random",
+        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, keyed-em, lock, uge, random",
     ),
     "a method that needs a key": (
         ["protect", "{clean}", "--out", "{out}", "--method", "keyed-em"],

@@ -14,8 +14,19 @@ from hypothesis import strategies as st
 from privet.errors import InputError, LicenceError, UsageError, WrongLicenceError
 from privet.images import ImageSet, align, open_images, write_images
 from privet.learning import Job, Learner, Runtime, learn, publish_changed
-from privet.licensing import Unlock, Vendor, issue, protect, read_licence, release, train, verify
-from privet.protection import Lock, publish
+from privet.licensing import (
+    Unlock,
+    Vendor,
+    issue,
+    load_licence,
+    protect,
+    read_licence,
+    release,
+    train,
+    verify,
+)
+from privet.models import create_model
+from privet.protection import UGE, Lock, publish
 from privet.seeds import generator
 from tests.conftest import blobs
 from tests.licensing.conftest import EASY, OURS, THEIRS
@@ -155,7 +166,9 @@ def test_a_licensee_learns_what_the_originals_teach(
 
 def test_a_method_without_a_key_makes_no_release(tmp_path: Path, runtime: Runtime) -> None:
     vendor = Vendor.create(tmp_path / "vendor", OURS, work=EASY)
-    with pytest.raises(UsageError, match="Unknown method 'em' for a release; expected one of keyed-em, lock"):
+    with pytest.raises(
+        UsageError, match="Unknown method 'em' for a release; expected one of keyed-em, lock, uge"
+    ):
         protect(blobs(3), vendor, "cats", tmp_path / "out", method="em", preset="cpu", runtime=runtime)
 
 
@@ -175,3 +188,33 @@ def test_a_lock_of_ones_own_making_is_found(tmp_path: Path, runtime: Runtime) ->
         tmp_path / "out", vendor, "dogs", OURS, lock=True, clean=tmp_path / "clean", recipe={}, work=EASY
     )
     assert set(manifest.commitments) == {"lock", "recipe"}
+
+
+def test_keyed_initial_weights_go_into_the_licence(
+    tmp_path: Path, runtime: Runtime, make_folder: Callable[..., Path]
+) -> None:
+    clean = make_folder(blobs(9))
+    vendor = Vendor.create(tmp_path / "vendor", OURS, work=EASY)
+    small = {
+        "authorised": ("cnn-w4", "mobilenetv2-w4"),
+        "encoders": ("cnn-w4",),
+        "encoder_epochs": 1,
+        "train_epochs": 1,
+    }
+    small |= {"points": 2, "refreshes": 0, "passes": 1, "batch_size": 4}
+    opened = open_images(clean)
+    protect(
+        opened, vendor, "cats", tmp_path / "out", method="uge", preset="cpu", settings=small, runtime=runtime
+    )
+    files = [tmp_path / "vendor" / f"cats.weights{number}.safetensors" for number in ("", "-2")]
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
+    manifest = release(tmp_path / "out", vendor, "cats", OURS, recipe={"epochs": 1}, work=EASY)
+    assert set(manifest.commitments) == {"weights", "recipe"} and manifest.method == "uge"
+    licence = read_licence(tmp_path / "vendor/cats.licence", OURS)
+    assert licence.terms.recipe["architecture"] == "cnn-w4"
+    network = create_model("cnn-w4", classes=3, size=(8, 8))
+    load_licence(network, tmp_path / "vendor/cats.licence", OURS)
+    expected = UGE(key=vendor.stem_key("cats"), **small).networks(opened)[0]  # type: ignore[arg-type]
+    for one, other in zip(network.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -33,6 +33,7 @@ from privet.protection import (
     TAP,
     TUE,
     UCL,
+    UGE,
     Bounded,
     Job,
     KeyedEM,
@@ -47,6 +48,17 @@ Make = Callable[..., Path]
 
 SMALL = {"surrogate": "cnn-w4", "train_steps": 3, "batch_size": 8, "noise_steps": 2}
 KEY = bytes(range(32))
+UNGENERALIZABLE = {
+    "key": KEY,
+    "authorised": ("cnn-w4",),
+    "encoders": ("vgg11-w4",),
+    "encoder_epochs": 1,
+    "train_epochs": 1,
+    "points": 2,
+    "refreshes": 1,
+    "passes": 1,
+    "batch_size": 8,
+}
 CONTRASTIVE = {"surrogate": "cnn-w4", "class_steps": 2, "train_steps": 2, "batch_size": 8, "noise_steps": 2}
 
 TABLE: dict[str, Protection] = {
@@ -63,6 +75,7 @@ TABLE: dict[str, Protection] = {
     # One descent: of a few groups, several might all come back to where they were.
     "keyed-em": KeyedEM(key=KEY, grey=True, max_rounds=1, **{**SMALL, "noise_steps": 1}),
     "lock": Lock(key=KEY, max_rounds=2, **SMALL),
+    "uge": UGE(**UNGENERALIZABLE),
     "lsp": LSP(patch=4),
     "ar": AR(),
     "ops": OPS(),
@@ -199,8 +212,8 @@ class TestEvery:
 
     def test_images_of_one_pixel_and_one_class(self, method: Protection, runtime: Runtime) -> None:
         images = ImageSet.from_arrays(torch.full((2, 3, 4, 4), 250, dtype=torch.uint8), torch.tensor([0, 0]))
-        if isinstance(method, TAP):
-            with pytest.raises(InputError, match="tap needs at least 2 classes"):
+        if isinstance(method, TAP | UGE):
+            with pytest.raises(InputError, match=f"{method.name} needs at least 2 classes"):
                 method.protect(images, job(runtime))
             return
         protected = method.protect(images, job(runtime))

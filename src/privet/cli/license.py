@@ -79,8 +79,9 @@ def protect(
     out
         New folder for the protected images, manifest.jsonl and run.json.
     method
-        keyed-em (noise that a keyed first layer takes away, in training and in use) or lock (a pattern for each class,
-        which licensees take off the training images by their labels).
+        keyed-em (noise that a keyed first layer takes away, in training and in use), lock (a pattern for each class,
+        which licensees take off the training images by their labels) or uge (noise that aims to spare networks of keyed
+        initial weights; no gap was measured).
     preset
         paper (needs a GPU) or cpu. Default: paper where there is a GPU, else cpu.
     epsilon
@@ -166,7 +167,8 @@ def release(
     clean
         The originals, for the check of the stem or the lock; needed where there is one.
     weights
-        Secret initial weights, as a file that privet saved.
+        Secret initial weights, as a file that privet saved. Default: none, or what
+        `privet license protect --method uge` left in the vendor's folder.
     recipe
         A JSON file with settings for training (architecture, epochs, learning_rate, ...).
     audit

@@ -42,8 +42,8 @@ def protect(
         New folder for the protected images, manifest.jsonl, run.json and the surrogate.
     method
         em, sem, rem, tap (noise that nobody sees); ucl, tue (likewise, against learners without labels); lsp, ar, ops,
-        cuda (seconds, but visible); or random (the control, which does not protect). keyed-em, which needs a key, has
-        its own verb: privet license protect.
+        cuda (seconds, but visible); or random (the control, which does not protect). keyed-em, lock and uge, which
+        need a key, have their own verb: privet license protect.
     preset
         paper (the published settings; needs a GPU) or cpu (small and short).
         Default: paper where there is a GPU, else cpu.
@@ -108,4 +108,6 @@ def _convert(kind: str, value: str) -> Any:
         if value.lower() not in ("true", "false", "yes", "no", "1", "0"):
             raise ValueError(value)
         return value.lower() in ("true", "yes", "1")
+    if kind.startswith("tuple"):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
     return {"int": int, "float": float}.get(kind, str)(value)

@@ -12,7 +12,8 @@ from privet.images import ImageSet
 from privet.learning import Publication, Runtime
 from privet.licensing.keys import Vendor
 from privet.licensing.manifest import check_name
-from privet.protection import METHODS, KeyedEM, publish
+from privet.models import SavedModel, save_model
+from privet.protection import METHODS, UGE, KeyedEM, publish
 from privet.protection.keyed import Keyed
 from privet.protection.surrogate import FILE as SURROGATE
 
@@ -32,7 +33,8 @@ def protect(
 ) -> Publication:
     """Protect images with noise that follows from the key of a release, and write them for that release.
 
-    The surrogate, which knows the noise, goes to the vendor's folder (`NAME.surrogate.safetensors`).
+    The surrogate, which knows the noise, goes to the vendor's folder (`NAME.surrogate.safetensors`), and so do the
+    initial weights of authorised networks (`NAME.weights.safetensors`, further ones `NAME.weights-2.safetensors`, ...).
 
     Args:
         images: the originals, as opened.
@@ -57,7 +59,18 @@ def protect(
     if runtime.rank == 0 and (surrogate := out / SURROGATE).exists():
         write_bytes(vendor.folder / f"{name}.surrogate.safetensors", surrogate.read_bytes(), private=True)
         surrogate.unlink()
+    if runtime.rank == 0 and isinstance(chosen, UGE):
+        for number, (network, architecture) in enumerate(
+            zip(chosen.networks(images), chosen.authorised, strict=True), start=1
+        ):
+            about = SavedModel(architecture=architecture, class_names=images.class_names, size=images.size)
+            save_model(weights_path(vendor, name, number), network, about, private=True)
     return publication
+
+
+def weights_path(vendor: Vendor, name: str, number: int = 1) -> Path:
+    """Return where the initial weights of a release's authorised network lie."""
+    return vendor.folder / f"{name}.weights{'' if number == 1 else f'-{number}'}.safetensors"
 
 
 def keyed_method(name: str) -> type[Keyed]:

@@ -22,13 +22,14 @@ from privet.learning import Learner
 from privet.licensing.keys import Vendor
 from privet.licensing.licence import Licence, Terms, read_licence, write_licence
 from privet.licensing.manifest import Manifest, check_name, describe_files, write_manifest
+from privet.licensing.protect import weights_path
 from privet.licensing.sealed import WORK
 from privet.licensing.unlock import Unlock
 from privet.models import load_model
 from privet.models.keyed_stem import CHUNK, KeyedStem
 from privet.models.weights import read_tensors
 from privet.progress import Progress, silent
-from privet.protection import KeyedEM, Lock
+from privet.protection import UGE, KeyedEM, Lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,8 @@ def release(
         lock: each class was changed by one pattern, which licences shall hold; known of what `protect` locked.
         clean: the originals; needed with a stem, to check that through it both look the same, and with a
             lock, to find its patterns.
-        weights: the secret initial weights, as a file that privet saved, or None.
+        weights: the secret initial weights, as a file that privet saved; None for none, or for those that `protect`
+            left in the vendor's folder.
         recipe: settings of `Learner` by name.
         audit: the report.json of the audit of these files, or None.
         work: as for `seal`.
@@ -82,6 +84,8 @@ def release(
     settings = check_recipe(recipe or {})
     run = read_json(folder / RUN) if (folder / RUN).exists() else {}
     stem, lock = stem or _planned(run), lock or run.get("method") == Lock.name
+    if weights is None and run.get("method") == UGE.name:
+        weights = weights_path(vendor, name)
     if stem is None and weights is None and not lock:
         raise UsageError(
             "Expected a stem, a lock or initial weights: without any, everybody is authorised alike."

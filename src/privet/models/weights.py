@@ -36,11 +36,11 @@ class SavedModel:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def save_model(path: Path, model: nn.Module, about: SavedModel) -> None:
-    """Write the weights and what they are, atomically."""
+def save_model(path: Path, model: nn.Module, about: SavedModel, *, private: bool = False) -> None:
+    """Write the weights and what they are, atomically; private ones with mode 0600."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in _state(model).items()}
     metadata = {KEY: json.dumps(asdict(about), ensure_ascii=False)}
-    write_bytes(path, safetensors.torch.save(tensors, metadata))
+    write_bytes(path, safetensors.torch.save(tensors, metadata), private=private)
 
 
 def load_model(path: Path) -> tuple[nn.Module, SavedModel]:

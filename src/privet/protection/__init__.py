@@ -16,6 +16,7 @@ from privet.protection.sem import SEM
 from privet.protection.tap import TAP
 from privet.protection.tue import TUE
 from privet.protection.ucl import UCL
+from privet.protection.uge import UGE
 
 __all__ = [
     "AR",
@@ -29,6 +30,7 @@ __all__ = [
     "TAP",
     "TUE",
     "UCL",
+    "UGE",
     "Bounded",
     "Job",
     "KeyedEM",
@@ -41,5 +43,5 @@ __all__ = [
 
 METHODS: dict[str, type[Protection]] = {
     method.name: method
-    for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, Lock, RandomNoise)
+    for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, Lock, UGE, RandomNoise)
 }

@@ -27,6 +27,10 @@ class Keyed(Protection):
         known = {name: value for name, value in super().settings().items() if name != "key"}
         return {**known, "key_commitment": self._secret("commitment", 32).hex()}
 
+    def check_key(self) -> None:
+        """Raise UsageError if there is no key, or a short one."""
+        self._secret("commitment", 0)
+
     def _secret(self, purpose: str, length: int) -> bytes:
         """Return bytes that follow from the key.
 

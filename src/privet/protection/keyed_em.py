@@ -66,7 +66,7 @@ class KeyedEM(Keyed, EM):
         Raises:
             UsageError: no key, or no such stem.
         """
-        self._secret("commitment", 0)
+        self.check_key()
         return KeyedStem.from_key(self.key, group=self.group, tile=self.tile, grey=self.grey)
 
     def settings(self) -> dict[str, Any]:
