@@ -39,7 +39,7 @@ CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "keyed-em-4": ("keyed-em", {"group": 4}),
 }
 RECIPE = {"architecture": "vgg11-w16", "epochs": 20}
-OTHERS = ("resnet10-w16", "cnn-w32")
+OTHERS = ("resnet10-w16",)
 
 
 class Bench:

@@ -26,7 +26,7 @@ class Lock(Keyed, EM):
     invertible too. Theirs scale and shift pixels, or are an invertible network; ours only shift, in whole
     numbers, so that nothing is lost but what clips at 0 and 255. Rounds begin from a pattern that follows
     from the key instead of from none. Whoever has the labels and the patterns learns from the originals,
-    with any network and any training. The patterns are a secret of each class, not of each image: one
+    with any network and any training. Every value moves by the whole budget: what is found gives the sign. The patterns are a secret of each class, not of each image: one
     pair of an original and its protected file gives its class away.
 
     The settings of EM apply.
@@ -38,7 +38,7 @@ class Lock(Keyed, EM):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # EM's own, but for views: without, networks that augment do not see the noise.
         "paper": {"views": 1},
-        "cpu": {**EM.presets["cpu"], "surrogate": "vgg11-w16"},
+        "cpu": {**EM.presets["cpu"], "surrogate": "cnn-w32", "max_rounds": 15},
     }
 
     def __post_init__(self) -> None:
@@ -56,7 +56,8 @@ class Lock(Keyed, EM):
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
             delta = pattern(index, randomness)
-            return delta.mean(1, keepdim=True).repeat(1, 3, 1, 1) if tied else delta
+            delta = delta.mean(1, keepdim=True).repeat(1, 3, 1, 1) if tied else delta
+            return self.epsilon * delta.sign()
 
         return perturb
 
