@@ -25,9 +25,10 @@ class Lock(Keyed, EM):
     In the manner of Learnability Lock (Peng et al., arXiv 2202.03576), whose transforms are class-wise and
     invertible too. Theirs scale and shift pixels, or are an invertible network; ours only shift, in whole
     numbers, so that nothing is lost but what clips at 0 and 255. Rounds begin from a pattern that follows
-    from the key instead of from none. Whoever has the labels and the patterns learns from the originals,
-    with any network and any training. Every value moves by the whole budget: what is found gives the sign. The patterns are a secret of each class, not of each image: one
-    pair of an original and its protected file gives its class away.
+    from the key instead of from none, and what they end with gives the signs: every value moves by the whole
+    budget. Whoever has the labels and the patterns learns from the originals, with any network and any
+    training. The patterns are a secret of each class, not of each image: one pair of an original and its
+    protected file gives its class away.
 
     The settings of EM apply.
     """
