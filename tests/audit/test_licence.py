@@ -21,12 +21,13 @@ from privet.audit.licence_plan import (
     DISTILLED,
     FILES_ALONE,
     FREEDOM,
+    LEARNED,
     LICENSEE,
     MIXED,
     PLAIN,
 )
 from privet.audit.licence_verdict import NO, OPEN, PLAINLY, YES, judge_licence, licence_rows, who
-from privet.audit.outsiders import Released, prepare
+from privet.audit.outsiders import Released, TileLayer, prepare
 from privet.cli import main
 from privet.errors import UsageError, WrongLicenceError
 from privet.images import ImageSet, open_images, pair
@@ -94,21 +95,23 @@ def stem() -> KeyedStem:
 class TestOutsiders:
     def test_pairs_take_a_lock_off(self, runtime: Runtime) -> None:
         found = released(stem=None)
-        images, test = prepare("pairs 6", found, share=0.1, runtime=runtime)
+        images, test = prepare("pairs 6", found, architecture="cnn-w4", share=0.1, runtime=runtime)
         assert torch.equal(images.pixels, found.clean.pixels) and test is found.test
-        one, _ = prepare("pairs 1", found, share=0.1, runtime=runtime)  # of the class 0 alone
+        one, _ = prepare(
+            "pairs 1", found, architecture="cnn-w4", share=0.1, runtime=runtime
+        )  # of the class 0 alone
         same = (one.pixels == found.clean.pixels).flatten(1).all(1)
         assert torch.equal(same, found.clean.labels == 0)
 
     def test_the_files_alone_give_most_of_a_lock_away(self, runtime: Runtime) -> None:
         found = released(stem=None)
-        images, _ = prepare(FILES_ALONE, found, share=0.1, runtime=runtime)
+        images, _ = prepare(FILES_ALONE, found, architecture="cnn-w4", share=0.1, runtime=runtime)
         # What all three classes share, a third of the energy, stays and tells nothing of a class.
         assert energy(images, found.clean) < 0.45 * energy(found.protected, found.clean)
 
     def test_pairs_span_what_a_stem_takes(self, runtime: Runtime, stem: KeyedStem) -> None:
         found = released(stem=stem)
-        images, _ = prepare("pairs 60", found, share=0.1, runtime=runtime)
+        images, _ = prepare("pairs 60", found, architecture="cnn-w4", share=0.1, runtime=runtime)
         moved = stem.amplitude(images.pixels.float() - 127.5)
         assert float(moved.abs().mean()) < 0.1 * float(
             stem.amplitude(found.protected.pixels.float() - 127.5).abs().mean()
@@ -116,7 +119,7 @@ class TestOutsiders:
 
     def test_the_files_alone_point_at_a_stem(self, runtime: Runtime, stem: KeyedStem) -> None:
         found = released(stem=stem)
-        images, _ = prepare(FILES_ALONE, found, share=0.1, runtime=runtime)
+        images, _ = prepare(FILES_ALONE, found, architecture="cnn-w4", share=0.1, runtime=runtime)
         before, after = (
             float(stem.amplitude(one.pixels.float() - 127.5).square().mean())
             for one in (found.protected, images)
@@ -125,22 +128,35 @@ class TestOutsiders:
 
     def test_another_key_is_another_stem_of_the_design(self, runtime: Runtime, stem: KeyedStem) -> None:
         found = released(stem=stem)
-        images, test = prepare(ANOTHER_KEY, found, share=0.1, runtime=runtime)
+        images, test = prepare(ANOTHER_KEY, found, architecture="cnn-w4", share=0.1, runtime=runtime)
         assert not torch.equal(stem.apply_to(images.pixels), stem.apply_to(found.clean.pixels))
         assert not torch.equal(test.pixels, found.test.pixels)
         grey = KeyedStem.from_key(KEY, group=4, tile=4, grey=True)
-        images, _ = prepare(ANOTHER_KEY, released(stem=grey), share=0.1, runtime=runtime)
+        images, _ = prepare(
+            ANOTHER_KEY, released(stem=grey), architecture="cnn-w4", share=0.1, runtime=runtime
+        )
         assert not torch.equal(images.pixels, found.protected.pixels)
 
     def test_a_tile_as_large_as_the_image_is_looked_for_too(self, runtime: Runtime) -> None:
         found = released(stem=KeyedStem.from_key(KEY, group=4, tile=16), count=30)
-        images, _ = prepare(FILES_ALONE, found, share=0.1, runtime=runtime)
+        images, _ = prepare(FILES_ALONE, found, architecture="cnn-w4", share=0.1, runtime=runtime)
         assert not torch.equal(images.pixels, found.protected.pixels)
+
+    def test_a_layer_can_be_learned_in_the_place_of_the_stem(self, runtime: Runtime, stem: KeyedStem) -> None:
+        found = released(stem=stem, count=30)
+        images, test = prepare(LEARNED, found, architecture="cnn-w4", share=0.1, runtime=runtime)
+        for one, before in ((images, found.protected), (test, found.test)):
+            change = (one.pixels.float() - before.pixels.float()).abs()
+            assert 0 < float(change.mean()) < 60  # it begins at the identity, and moves
+        layer, x = TileLayer(5), torch.rand(2, 3, 12, 16)
+        assert torch.equal(layer(x), x)  # which no tile of 5 fits
+        again, _ = prepare(LEARNED, found, architecture="cnn-w4", share=0.1, runtime=runtime)
+        assert torch.equal(images.pixels, again.pixels)
 
     def test_a_part_of_the_originals(self, runtime: Runtime) -> None:
         found = released(stem=None)
-        alone, _ = prepare(CLEAN_PART, found, share=0.25, runtime=runtime)
-        mixed, _ = prepare(MIXED, found, share=0.25, runtime=runtime)
+        alone, _ = prepare(CLEAN_PART, found, architecture="cnn-w4", share=0.25, runtime=runtime)
+        mixed, _ = prepare(MIXED, found, architecture="cnn-w4", share=0.25, runtime=runtime)
         assert len(alone) == 60 and set(alone.names) <= set(found.clean.names)
         same = (mixed.pixels == found.clean.pixels).flatten(1).all(1)
         assert {name for name, one in zip(mixed.names, same, strict=True) if one} == set(alone.names)
@@ -149,10 +165,19 @@ class TestOutsiders:
     def test_who_has_nothing_trains_on_the_files(self, runtime: Runtime) -> None:
         found = released(stem=None)
         for name in (PLAIN, DISTILLED):
-            assert prepare(name, found, share=0.1, runtime=runtime) == (found.protected, found.test)
-        assert prepare(CLEAN, found, share=0.1, runtime=runtime) == (found.clean, found.test)
-        assert prepare(LICENSEE, found, share=0.1, runtime=runtime) == (found.unlocked, found.presented)
-        grey, shown = prepare("recovery grayscale", found, share=0.1, runtime=runtime)
+            assert prepare(name, found, architecture="cnn-w4", share=0.1, runtime=runtime) == (
+                found.protected,
+                found.test,
+            )
+        assert prepare(CLEAN, found, architecture="cnn-w4", share=0.1, runtime=runtime) == (
+            found.clean,
+            found.test,
+        )
+        assert prepare(LICENSEE, found, architecture="cnn-w4", share=0.1, runtime=runtime) == (
+            found.unlocked,
+            found.presented,
+        )
+        grey, shown = prepare("recovery grayscale", found, architecture="cnn-w4", share=0.1, runtime=runtime)
         for one in (grey, shown):
             assert torch.equal(one.pixels[:, 0], one.pixels[:, 2])
 
@@ -235,11 +260,12 @@ class TestPlan:
         assert len(set(seats)) == len(seats)
         assert sum(one.who == PLAIN and one.architecture == "cnn-w4" for one in seats) == 3
         assert {one.who for one in seats} == {
-            CLEAN, LICENSEE, PLAIN, "recovery jpeg-10", ANOTHER_KEY, FILES_ALONE, "pairs 6", CLEAN_PART, MIXED, DISTILLED
+            CLEAN, LICENSEE, PLAIN, "recovery jpeg-10", ANOTHER_KEY, LEARNED, FILES_ALONE, "pairs 6",
+            CLEAN_PART, MIXED, DISTILLED,
         }  # fmt: skip
         assert all(who(one.who) for one in seats) and seats[-1].who == DISTILLED
         fewer = {one.who for one in PLAN.seats(stem=False, lock=False, weights=True)}
-        assert not fewer & {ANOTHER_KEY, FILES_ALONE, "pairs 6"}
+        assert not fewer & {ANOTHER_KEY, LEARNED, FILES_ALONE, "pairs 6"}
         of_weights = [one for one in PLAN.seats(stem=False, lock=False, weights=True) if one.who == LICENSEE]
         assert {one.architecture for one in of_weights} == {"cnn-w4"}
 

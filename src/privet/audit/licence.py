@@ -207,7 +207,13 @@ class Trainer:
         """Return the seat, its result as JSON values, and the seconds that it took."""
         started = time.perf_counter()
         if self.who != seat.who:
-            self.sets = prepare(seat.who, self.release, share=self.plan.share, runtime=self.runtime)
+            self.sets = prepare(
+                seat.who,
+                self.release,
+                architecture=seat.architecture,
+                share=self.plan.share,
+                runtime=self.runtime,
+            )
             self.who = seat.who
         learner = self.plan.learner_of(seat, weights=self.initial)
         name = "-".join(str(part) for part in (seat.who, seat.architecture, seat.seed, seat.freedom))

@@ -14,6 +14,7 @@ from privet.recovery.prior import fingerprint
 
 CLEAN, LICENSEE, PLAIN = "clean files", "licensee", "files as they are"
 ANOTHER_KEY, FILES_ALONE, DISTILLED = "another key", "files alone", "distilled"
+LEARNED = "learned layer"
 PAIRS, RECOVERY = "pairs", "recovery"
 CLEAN_PART, MIXED = "clean part alone", "clean part and release"
 # What a licensee may want to do otherwise than the recipe says, each beside the same on clean files.
@@ -109,7 +110,7 @@ class LicencePlan:
         for recovery in self.recoveries:
             seats += each(f"{RECOVERY} {recovery}")
         if stem:
-            seats += each(ANOTHER_KEY)
+            seats += each(ANOTHER_KEY) + each(LEARNED)
         if stem or lock:
             seats += each(FILES_ALONE)
             for pairs in self.pairs:

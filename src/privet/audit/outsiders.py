@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from privet.audit.licence_plan import (
     ANOTHER_KEY,
     CLEAN,
     CLEAN_PART,
     DISTILLED,
+    LEARNED,
     LICENSEE,
     MIXED,
     PAIRS,
@@ -24,13 +25,15 @@ from privet.audit.licence_plan import (
     RECOVERY,
 )
 from privet.images import ImageSet
-from privet.learning import Job, Runtime
+from privet.learning import Job, Runtime, training_step
+from privet.models import create_model
 from privet.models.keyed_stem import KeyedStem
 from privet.recovery import create_recovery
 from privet.seeds import generator
 
 Sets = tuple[ImageSet, ImageSet]
 """What a learner is trained and tested on."""
+LAYER_EPOCHS, LAYER_RATE = 6, 0.05  # in which a layer is learned together with a network
 NATURAL = 2000  # images that natural statistics are taken from
 BLUR = 5  # pixels; what varies more slowly than this differs between classes by nature
 
@@ -62,12 +65,13 @@ class Released:
     prior: str | None
 
 
-def prepare(who: str, release: Released, *, share: float, runtime: Runtime) -> Sets:
+def prepare(who: str, release: Released, *, architecture: str, share: float, runtime: Runtime) -> Sets:
     """Return what somebody trains on, and the test images as their network gets them.
 
     Args:
         who: as in `Seat`.
         release: the files.
+        architecture: of the network, for those who need one before.
         share: of the originals that an outsider has.
         runtime: where recoveries run.
     """
@@ -88,6 +92,8 @@ def prepare(who: str, release: Released, *, share: float, runtime: Runtime) -> S
         return _subtract(release.protected, _class_patterns(release, known)), release.test
     if who == ANOTHER_KEY:
         return _through(_another(release.stem).apply_to, release)
+    if who == LEARNED:
+        return _through(_learned_layer(release, architecture, runtime), release)
     count = release.stem.groups(
         (release.stem.group.shape[1],) * 2
     )  # directions of a tile that the design takes
@@ -123,6 +129,45 @@ def _another(stem: KeyedStem) -> KeyedStem:
         part.reshape(3, -1)[:, order] if tied else part.flatten()[order] for part in (stem.group, stem.sign)
     ]
     return KeyedStem(parts[0].reshape(shape), parts[1].reshape(shape))
+
+
+class TileLayer(nn.Module):
+    """A linear layer over the values of every tile; the identity at first."""
+
+    def __init__(self, tile: int) -> None:
+        super().__init__()
+        self.tile = tile
+        self.weight = nn.Parameter(torch.eye(3 * tile**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (batch, 3, height, width) to images of the same size; tiles at the edge are filled up."""
+        height, width = x.shape[2:]
+        filled = F.pad(x, (0, -width % self.tile, 0, -height % self.tile), mode="replicate")
+        tiles = F.pixel_unshuffle(filled, self.tile)
+        mapped = F.conv2d(tiles, self.weight[:, :, None, None])
+        return F.pixel_shuffle(mapped, self.tile)[:, :, :height, :width]
+
+
+def _learned_layer(release: Released, architecture: str, runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """Train a linear layer over the stem's tiles together with a network behind it, and return the layer."""
+    images, front = release.protected, TileLayer(_tile(release))
+    network = create_model(architecture, classes=images.classes, size=images.size, seed=1)
+    model = runtime.place(nn.Sequential(front, network))
+    optimizer = torch.optim.SGD(model.parameters(), LAYER_RATE, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(LAYER_EPOCHS):
+        order = torch.randperm(len(images), generator=generator(0, "learned layer", epoch))
+        for index in torch.split(order, 128):
+            x = images.pixels[index].to(runtime.device).float() / 255
+            y = images.labels[index].to(runtime.device)
+            training_step(model, optimizer, x, y, rate=LAYER_RATE, runtime=runtime)
+
+    @torch.no_grad()
+    def change(pixels: Tensor) -> Tensor:
+        parts = torch.split(pixels, 512)
+        seen = [front(part.to(runtime.device).float() / 255).cpu() * 255 for part in parts]
+        return torch.cat(seen).round_().clamp_(0, 255).to(torch.uint8)
+
+    return change
 
 
 def _tile(release: Released) -> int:
