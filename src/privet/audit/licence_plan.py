@@ -60,7 +60,7 @@ class LicencePlan:
     architectures: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     tries: int = 5
-    recoveries: tuple[str, ...] = ("jpeg-10", "grayscale")
+    recoveries: tuple[str, ...] = ("jpeg-10", "grayscale", "versions")
     pairs: tuple[int, ...] = (50,)
     share: float = 0.1
     learner: Learner

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound="DataclassInstance")
 DATA = ("clean", "random", "protected")
-RECOVERIES = ("none", "jpeg-10", "jpeg-50", "jpeg-75", "grayscale", "adversarial-4")
+RECOVERIES = ("none", "jpeg-10", "jpeg-50", "jpeg-75", "grayscale", "versions", "adversarial-4")
 
 
 @dataclass(frozen=True, order=True, kw_only=True)

@@ -27,7 +27,7 @@ def licence(
     architectures: str = "",
     seeds: int = 3,
     tries: int = 5,
-    recoveries: str = "jpeg-10,grayscale",
+    recoveries: str = "jpeg-10,grayscale,versions",
     pairs: tuple[int, ...] = (50,),
     share: float = 0.1,
     prior: str | None = None,
