@@ -106,8 +106,7 @@ class TestOutsiders:
     def test_the_files_alone_give_most_of_a_lock_away(self, runtime: Runtime) -> None:
         found = released(stem=None)
         images, _ = prepare(FILES_ALONE, found, architecture="cnn-w4", share=0.1, runtime=runtime)
-        # What all three classes share, a third of the energy, stays and tells nothing of a class.
-        assert energy(images, found.clean) < 0.45 * energy(found.protected, found.clean)
+        assert energy(images, found.clean) < 0.2 * energy(found.protected, found.clean)
 
     def test_pairs_span_what_a_stem_takes(self, runtime: Runtime, stem: KeyedStem) -> None:
         found = released(stem=stem)
@@ -214,6 +213,11 @@ class TestVerdict:
         assert verdict.grade == YES and not verdict.reasons
         assert verdict.hacker == pytest.approx(0.391) and verdict.strongest == PLAIN
         assert (verdict.clean, verdict.licensee) == (pytest.approx(0.7005), pytest.approx(0.6905))
+
+    def test_the_luckiest_seed_counts(self) -> None:
+        lucky = results(**GOOD)
+        lucky[Seat(who=PLAIN, architecture="cnn-w4", seed=1)]["best"] = 0.41
+        assert judge_licence(PLAN, licence_rows(lucky), chance=0.1).grade == NO
 
     def test_a_strong_outsider(self) -> None:
         verdict = self.judge(**{"recovery jpeg-10/cnn-w4": (0.30, 0.405)})

@@ -120,7 +120,9 @@ def test_what_the_method_writes_can_be_unlocked(
     before = images.subset([images.names.index(name) for name in again.names]).pixels.int()
     inside = (protected.pixels > 0) & (protected.pixels < 255)
     assert torch.equal(again.pixels.int()[inside], before[inside])
-    assert 0 < int((protected.pixels.int() - before).abs().max()) <= epsilon
+    change = (protected.pixels.int() - before).abs()
+    assert set(change[inside].tolist()) <= {0, epsilon}  # all of the budget, where a descent moved at all
+    assert float((change[inside] == epsilon).float().mean()) > 0.9
 
 
 def test_the_patterns_follow_from_the_key(runtime: Runtime) -> None:
@@ -129,7 +131,7 @@ def test_the_patterns_follow_from_the_key(runtime: Runtime) -> None:
     other = replace(METHOD, key=bytes(32)).protect(images, job)
     assert torch.equal(one.pixels, again.pixels)
     share = (one.pixels != other.pixels).float().mean()
-    assert share > 0.5, share
+    assert share > 0.25, share  # of random signs half agree
     assert "key" not in METHOD.settings() and KEY.hex() not in str(METHOD.settings()) + repr(METHOD)
 
 

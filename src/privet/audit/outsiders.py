@@ -232,15 +232,14 @@ def _covariance(samples: Tensor) -> Tensor:
 def _class_patterns(release: Released, pairs: int | None) -> Tensor:
     """Return what an outsider takes for the patterns of the classes, (classes, 3, height, width), in 1/255.
 
-    With pairs, the mean change of those of each class. Without, what the mean of a class has and the mean of all
-    has not, as far as it varies quickly: by nature the means of classes differ slowly.
+    With pairs, the mean change of those of each class. Without, the class's mean, as far as it varies quickly:
+    the mean of many photographs varies slowly.
     """
     images = release.protected
     if pairs is not None:
         change = images.pixels[:pairs].float() - release.clean.pixels[:pairs].float()
         return _means(change, images.labels[:pairs], images.classes)
     means = _means(images.pixels.float(), images.labels, images.classes)
-    means = means - means.mean(0)
     slow = F.avg_pool2d(means, BLUR, stride=1, padding=BLUR // 2, count_include_pad=False)
     return means - slow
 
