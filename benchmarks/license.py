@@ -26,7 +26,7 @@ from privet.learning import Runtime
 from privet.licensing import Licence, Vendor, protect, read_licence, release
 from privet.report import write_licence_report
 from privet.report.plots import STYLE
-from protect import Lines, hardware
+from protect import Lines, hardware, machines
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -128,10 +128,7 @@ def markdown(reports: dict[str, dict[str, Any]]) -> str:
     ]
     text += ["(and the highest of all epochs and seeds). One key and one seed of the noise.", ""]
     text += [f"- `{name}`: {report['verdict']['headline']}" for name, report in reports.items()]
-    text += [
-        "",
-        "Measured on: " + ", ".join(sorted({report["hardware"] for report in reports.values()})) + ".",
-    ]
+    text += ["", machines(list(reports.values()))]
     return "\n".join(text) + "\n"
 
 
