@@ -220,7 +220,9 @@ class TestVerdict:
         assert judge_licence(PLAN, licence_rows(lucky), chance=0.1).grade == NO
 
     def test_a_strong_outsider(self) -> None:
-        verdict = self.judge(**{"recovery jpeg-10/cnn-w4": (0.30, 0.405)})
+        also = {"files alone/cnn-w4": (0.40, 0.402)}
+        verdict = self.judge(**also, **{"recovery jpeg-10/cnn-w4": (0.30, 0.405)})
+        assert len(verdict.reasons) == 2
         assert (
             verdict.grade == PLAINLY
             and "who tries JPEG at quality 10 reaches 40.6% at best" in verdict.headline

@@ -101,7 +101,9 @@ def judge_licence(plan: LicencePlan, table: Sequence[LicenceRow], *, chance: flo
     judged = [row for row in table if row.counts]
     plain: list[str] = []
     strong: list[str] = []
-    for row in judged:
+    for row in sorted(
+        judged, key=lambda row: reference[row.architecture] - row.peak.high
+    ):  # the nearest first
         if reference[row.architecture] - row.peak.high < GAP:
             words = (
                 f"{who(row.who)} {'reaches' if row.who != PLAIN else 'reach'} {row.peak.high:.1%} at best "
@@ -126,7 +128,7 @@ def judge_licence(plan: LicencePlan, table: Sequence[LicenceRow], *, chance: flo
         grade, headline = OPEN, f"No verdict: {few[0]}."
     elif strong:
         grade = PLAINLY
-        headline = f"Conditionally learnable against plain training only: whoever tries more gets through; {strong[0]}."
+        headline = f"Conditionally learnable against plain training only: others get through: {strong[0]}."
     else:
         grade, headline = YES, f"Conditionally learnable against everything that was tried ({bounds})."
     return LicenceVerdict(
