@@ -98,12 +98,13 @@ def judge_licence(plan: LicencePlan, table: Sequence[LicenceRow], *, chance: flo
     reference = {row.architecture: row.last.mean for row in table if row.who == CLEAN and not row.freedom}
     (licensee,) = (row for row in table if (row.who, row.architecture, row.freedom) == (LICENSEE, main, ""))
     cost = reference[main] - licensee.last.mean
-    judged = [row for row in table if row.counts]
+    nearest_first = sorted(
+        (row for row in table if row.counts),
+        key=lambda row: reference[row.architecture] - row.peak.high,
+    )
     plain: list[str] = []
     strong: list[str] = []
-    for row in sorted(
-        judged, key=lambda row: reference[row.architecture] - row.peak.high
-    ):  # the nearest first
+    for row in nearest_first:
         if reference[row.architecture] - row.peak.high < GAP:
             words = (
                 f"{who(row.who)} {'reaches' if row.who != PLAIN else 'reach'} {row.peak.high:.1%} at best "
@@ -118,7 +119,7 @@ def judge_licence(plan: LicencePlan, table: Sequence[LicenceRow], *, chance: flo
     ]
     narrow = len(plan.architectures) < 2 or len(plan.seeds) < 2
     few = ["one network or one seed is not enough to say that it holds"] if narrow else []
-    best = max((row for row in judged if row.architecture == main), key=lambda row: row.peak.high)
+    best = next(row for row in nearest_first if row.architecture == main)
     bounds = f"the licensee may lose {100 * COST:.0f} points, everybody else must lose {100 * GAP:.0f}"
     if empty:
         grade, headline = OPEN, f"No verdict: {empty[0]}."
