@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from matplotlib import pyplot as plt
 
-from privet.audit import LicencePlan, Seat, audit_licence, recipe
+from privet.audit import LicencePlan, Seat, audit_licence
+from privet.audit.licence_plan import PLAIN
 from privet.audit.licence_verdict import COST, GAP, who
 from privet.files import read_json, write_bytes, write_json
 from privet.images import open_images, write_images
@@ -81,7 +82,7 @@ class Bench:
         plan = LicencePlan(
             architectures=(str(RECIPE["architecture"]), *OTHERS),
             seeds=tuple(range(seeds)),
-            learner=recipe(licence),
+            learner=licence.learner(),
         )
         out = self.work / f"license-{name}-audit"
         found = audit_licence(
@@ -142,7 +143,7 @@ def front(reports: dict[str, dict[str, Any]], path: Path) -> None:
             plain = max(
                 value
                 for row in report["rows"]
-                if (row["who"], row["architecture"]) == ("files as they are", main)
+                if (row["who"], row["architecture"]) == (PLAIN, main)
                 for value in row["peak"]["values"]
             )
             y = 100 * verdict["licensee"]

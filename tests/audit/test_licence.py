@@ -12,7 +12,7 @@ import torch
 from tests.conftest import blobs
 from tests.licensing.conftest import EASY, OURS
 
-from privet.audit import LicencePlan, Seat, audit_licence, recipe
+from privet.audit import LicencePlan, Seat, audit_licence
 from privet.audit import licence as module
 from privet.audit.licence_plan import (
     ANOTHER_KEY,
@@ -278,12 +278,21 @@ class TestPlan:
     def test_freedom_changes_the_learner(self) -> None:
         made = [
             PLAN.learner_of(Seat(who=LICENSEE, architecture="cnn-w4", seed=0, freedom=freedom), weights=None)
-            for freedom in ("", *FREEDOM)
+            for freedom in FREEDOM
         ]
         assert len({str(one) for one in made}) == len(made)
         assert (
             made[1].optimiser == "adamw" and made[2].learning_rate == pytest.approx(0.01) and made[3].distort
         )
+        recipe = replace(LEARNER, architecture="vit", learning_rate=None)
+        other = replace(PLAN, architectures=("vit",), learner=recipe)
+        slow = Seat(who=LICENSEE, architecture="vit", seed=0, freedom="a tenth of the rate")
+        assert other.learner_of(slow, weights=None).learning_rate == pytest.approx(
+            1e-4
+        )  # of AdamW's usual 0.001
+        fast = replace(PLAN, learner=replace(LEARNER, learning_rate=0.1))
+        free = Seat(who=LICENSEE, architecture="cnn-w4", seed=0, freedom="adamw")
+        assert fast.learner_of(free, weights=None).rate == pytest.approx(1e-3)  # 0.1 is meant for SGD
         path = Path("weights.safetensors")
         assert (
             PLAN.learner_of(Seat(who=LICENSEE, architecture="cnn-w4", seed=0), weights=path).weights == path
@@ -302,6 +311,9 @@ class TestPlan:
                 replace(PLAN, **changes)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="at least one seed"):
             replace(PLAN, seeds=())
+        blind = replace(LEARNER, architecture="simclr:cnn-w4")
+        with pytest.raises(UsageError, match="must learn with labels; got simclr:cnn-w4"):
+            replace(PLAN, architectures=("simclr:cnn-w4",), learner=blind)
         with pytest.raises(UsageError):
             replace(PLAN, recoveries=("nonsense",))
 
@@ -382,7 +394,7 @@ class TestRun:
         plain = seen[opened.pixels.numpy().tobytes()]
         assert {imitates for _, imitates in plain} == {True, False}
         unlocked = seen[licence.unlock(opened).pixels.numpy().tobytes()]
-        assert sum(learner.weights is not None for learner, _ in unlocked) == 2 + len(FREEDOM)
+        assert sum(learner.weights is not None for learner, _ in unlocked) == 2 + 3
         assert all(learner.weights is None for learner, _ in plain)
         assert found.facts["holds"] == ["lock", "weights"] and found.facts["unlocked"]["values"] < 0.1
 
@@ -398,7 +410,7 @@ class TestRun:
             self.run(world, tmp_path / "run", runtime, licence=replace(licence, tensors=tensors))
         strange = replace(licence, terms=replace(licence.terms, recipe={"colour": 1}))
         with pytest.raises(WrongLicenceError, match="not one that this privet knows"):
-            recipe(strange)
+            strange.learner()
 
     def test_the_page_and_the_command(
         self,

@@ -3,7 +3,7 @@
 from privet.audit.flags import Facts, Flag
 from privet.audit.leakage import LeakageAudit, audit_leakage
 from privet.audit.leakage_plan import Clients, LeakagePlan
-from privet.audit.licence import LicenceAudit, audit_licence, recipe
+from privet.audit.licence import LicenceAudit, audit_licence
 from privet.audit.licence_plan import LicencePlan, Seat
 from privet.audit.run import Audit, run_audit
 from privet.audit.store import Cell, Plan, RunStore, plan
@@ -27,6 +27,5 @@ __all__ = [
     "audit_leakage",
     "audit_licence",
     "plan",
-    "recipe",
     "run_audit",
 ]

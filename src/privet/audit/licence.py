@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,13 @@ from privet.audit.outsiders import Released, Sets, prepare
 from privet.audit.pool import each
 from privet.audit.statistics import chance
 from privet.audit.store import RunStore
-from privet.errors import InputError, WrongLicenceError
+from privet.errors import InputError
 from privet.files import WORKSPACE, claim, finish, write_bytes
-from privet.images import ImageSet, align, open_images, pair
-from privet.images.similarity import compare_all
-from privet.learning import Learner, Runtime, learn
+from privet.images import align, open_images, pair
+from privet.learning import Runtime, learn
 from privet.learning.runtime import describe_device
 from privet.licensing import Licence, verify
 from privet.models import SavedModel, create_model, load_model, save_model
-from privet.models.projection import PREFIX
 from privet.progress import Progress, silent
 from privet.version import VERSION
 
@@ -54,20 +52,6 @@ class LicenceAudit:
     verdict: LicenceVerdict
     facts: dict[str, Any]
     run: dict[str, Any]
-
-
-def recipe(licence: Licence) -> Learner:
-    """Return how a licence says to train.
-
-    Raises:
-        WrongLicenceError: in a way that this privet does not know.
-    """
-    try:
-        return Learner(**licence.terms.recipe)
-    except TypeError as error:
-        raise WrongLicenceError(
-            f"The licence's recipe is not one that this privet knows: {error}."
-        ) from error
 
 
 def audit_licence(
@@ -124,7 +108,7 @@ def audit_licence(
         "torch": torch.__version__,
     }
     claim(out, run)
-    bare = [_bare(one) for one in (originals, protected, tested)]
+    bare = [one.without_files() for one in (originals, protected, tested)]
     release = Released(
         clean=bare[0],
         protected=bare[1],
@@ -154,7 +138,6 @@ def audit_licence(
     results = {seat: store.results[seat] for seat in seats}
     table = licence_rows(results)
     at_random = chance(tested)
-    changes = compare_all(originals.pixels, protected.pixels, ssim=False)
     audit = LicenceAudit(
         plan=plan,
         results=results,
@@ -166,7 +149,7 @@ def audit_licence(
             "chance": at_random,
             "size": list(originals.size),
             "classes": list(originals.class_names),
-            "linf": max(change.linf for change in changes),
+            "linf": _largest(originals.pixels, protected.pixels),
             "holds": [name for name in ("stem", "lock", "weights") if name in licence.commitments],
             "unlocked": _exactness(release),
         },
@@ -176,11 +159,6 @@ def audit_licence(
     return audit
 
 
-def _bare(images: ImageSet) -> ImageSet:
-    """Return images without the means to read their files again, to be sent to other processes."""
-    return replace(images, files=(), skipped=())
-
-
 def _exactness(release: Released) -> dict[str, float] | None:
     """Return how far what the licensee trains on is from the originals under the same stem, in 1/255; or None."""
     if not release.lock:
@@ -188,8 +166,16 @@ def _exactness(release: Released) -> dict[str, float] | None:
     pixels = release.clean.pixels
     if release.stem is not None:
         pixels = release.stem.apply_to(pixels)
-    change = (release.unlocked.pixels.to(torch.int16) - pixels.to(torch.int16)).abs()
-    return {"largest": int(change.max()), "values": float((change > 0).float().mean())}
+    unlocked = release.unlocked.pixels
+    return {
+        "largest": _largest(pixels, unlocked),
+        "values": float((unlocked != pixels).float().mean()),
+    }
+
+
+def _largest(pixels: Tensor, changed: Tensor) -> int:
+    """Return the largest change of a value, in 1/255."""
+    return int((changed.to(torch.int16) - pixels.to(torch.int16)).abs().max())
 
 
 class Trainer:
@@ -229,19 +215,13 @@ class Trainer:
         main, first = self.plan.architectures[0], self.plan.seeds[0]
         if seat == Seat(who=LICENSEE, architecture=main, seed=first):
             about = SavedModel(
-                architecture=main.removeprefix(PREFIX),
+                architecture=main,
                 class_names=self.release.clean.class_names,
                 size=self.release.clean.size,
             )
             save_model(self.folder / TEACHER, learned.model, about)
         checkpoint.unlink(missing_ok=True)
-        result = {
-            "last": learned.accuracy,
-            "best": learned.best.accuracy,
-            "best_epoch": learned.best.epoch,
-            "history": [asdict(epoch) for epoch in learned.history],
-        }
-        return seat, result, time.perf_counter() - started
+        return seat, learned.record(), time.perf_counter() - started
 
     @torch.no_grad()
     def _answers(self) -> Tensor:
@@ -249,5 +229,5 @@ class Trainer:
         if not (self.folder / TEACHER).exists():
             raise InputError(f"{self.folder / TEACHER} is gone. Delete the audit's folder and begin again.")
         model = self.runtime.place(load_model(self.folder / TEACHER)[0]).eval()
-        parts = self.release.asked.pixels.split(BATCH)  # type: ignore[no-untyped-call]
+        parts = torch.split(self.release.asked.pixels, BATCH)
         return torch.cat([model(part.to(self.runtime.device).float() / 255).float().cpu() for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from privet.errors import UsageError
 from privet.learning import Learner
 from privet.models import create_model
+from privet.models.projection import PREFIX
 from privet.recovery import create_recovery
 from privet.recovery.prior import fingerprint
 
@@ -18,10 +20,12 @@ LEARNED = "learned layer"
 PAIRS, RECOVERY = "pairs", "recovery"
 CLEAN_PART, MIXED = "clean part alone", "clean part and release"
 # What a licensee may want to do otherwise than the recipe says, each beside the same on clean files.
-FREEDOM: dict[str, dict[str, Any]] = {
-    "adamw": {"optimiser": "adamw"},
-    "a tenth of the rate": {},
-    "distorted views": {"distort": True},
+FREEDOM: dict[str, Callable[[Learner], Learner]] = {
+    "": lambda learner: learner,
+    # Rate and decay of the recipe are meant for its own optimiser.
+    "adamw": lambda learner: replace(learner, optimiser="adamw", learning_rate=None, weight_decay=None),
+    "a tenth of the rate": lambda learner: replace(learner, learning_rate=learner.rate / 10),
+    "distorted views": lambda learner: replace(learner, distort=True),
 }
 
 
@@ -75,6 +79,11 @@ class LicencePlan:
                 f"The first architecture must be the recipe's, {self.learner.architecture}; got "
                 f"{self.architectures[0]}."
             )
+        if self.learner.architecture.startswith(PREFIX):
+            raise UsageError(
+                f"The recipe's network is imitated and trained with AdamW, for which it must learn with labels; got "
+                f"{self.learner.architecture}."
+            )
         if self.tries < 1 or min(self.pairs, default=1) < 1 or not 0 <= self.share < 1:
             raise UsageError(
                 "An audit needs at least one try, one pair, and a share from 0 to below 1; got "
@@ -117,16 +126,14 @@ class LicencePlan:
                 seats += each(f"{PAIRS} {pairs}")
         if self.share:
             seats += each(CLEAN_PART) + each(MIXED)
-        for freedom in FREEDOM:
+        for freedom in filter(None, FREEDOM):
             for who in (CLEAN, LICENSEE):
                 seats.append(Seat(who=who, architecture=main, seed=self.seeds[0], freedom=freedom))
         return seats + each(DISTILLED)
 
     def learner_of(self, seat: Seat, *, weights: Path | None) -> Learner:
         """Return how a seat's learner trains."""
-        learner = replace(self.learner, architecture=seat.architecture, **FREEDOM.get(seat.freedom, {}))
-        if seat.freedom == "a tenth of the rate":
-            learner = replace(learner, learning_rate=(learner.learning_rate or 0.1) / 10)
+        learner = FREEDOM[seat.freedom](replace(self.learner, architecture=seat.architecture))
         if seat.who == LICENSEE:
             learner = replace(learner, weights=weights)
         if seat.who.startswith(RECOVERY):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Material:
     def sets(self) -> dict[str, ImageSet]:
         """Return what learners need, without the means to read files again."""
         every = {name: getattr(self, name) for name in (*DATA, "test")}
-        return {name: replace(images, files=(), skipped=()) for name, images in every.items()}
+        return {name: images.without_files() for name, images in every.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,13 +362,7 @@ class Trainer:
         checkpoint = self.out / WORKSPACE / f"{name}.safetensors"
         learned = learn(*self.images, learner, runtime=self.runtime, seed=cell.seed, checkpoint=checkpoint)
         checkpoint.unlink(missing_ok=True)
-        result = {
-            "last": learned.accuracy,
-            "best": learned.best.accuracy,
-            "best_epoch": learned.best.epoch,
-            "history": [asdict(epoch) for epoch in learned.history],
-        }
-        return cell, result, time.perf_counter() - started
+        return cell, learned.record(), time.perf_counter() - started
 
 
 def _bytes(image: torch.Tensor) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.markup import escape
 
 from privet.cli.leakage import leakage
 from privet.cli.licence import licence
-from privet.cli.options import MACHINE, Machine, split
+from privet.cli.options import MACHINE, Machine, processes, split
 from privet.cli.screen import progress, say
 from privet.errors import OK
 
@@ -118,7 +117,7 @@ def protection(
             runtime=here,
             seed=seed,
             size=size,
-            workers=workers or (1 if on_gpu else os.cpu_count() or 1),
+            workers=workers or processes(here),
             progress=listener,
             finished=finished,
         )

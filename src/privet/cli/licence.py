@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from privet.cli.options import MACHINE, Machine, split
+from privet.cli.options import MACHINE, Machine, processes, split
 from privet.cli.passphrase import read_passphrase
 from privet.cli.screen import progress, say
 from privet.errors import OK
@@ -74,13 +73,13 @@ def licence(
     machine
         Where it runs.
     """
-    from privet.audit import LicencePlan, Seat, audit_licence, recipe
+    from privet.audit import LicencePlan, Seat, audit_licence
     from privet.audit.licence_verdict import who
     from privet.licensing import read_licence
     from privet.report import write_licence_report
 
     opened = read_licence(licence, read_passphrase(passphrase_file, "Passphrase of the licence"))
-    learner, here = recipe(opened), machine.find()
+    learner, here = opened.learner(), machine.find()
     plan = LicencePlan(
         architectures=(learner.architecture, *split(architectures)),
         seeds=tuple(range(seeds)),
@@ -107,7 +106,7 @@ def licence(
             out=out,
             plan=plan,
             runtime=here,
-            workers=workers or (1 if here.device.type == "cuda" else os.cpu_count() or 1),
+            workers=workers or processes(here),
             progress=listener,
             finished=finished,
         )

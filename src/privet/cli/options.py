@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +253,11 @@ class Judgement:
 
 MACHINE, FILES = Machine(), Files()
 CLIENTS, JUDGEMENT = Clients(), Judgement()
+
+
+def processes(runtime: Runtime) -> int:
+    """Return how many learners are trained at a time: the number of processors, or 1 on a GPU."""
+    return 1 if runtime.device.type == "cuda" else os.cpu_count() or 1
 
 
 def split(value: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from privet.cli.options import FILES, MACHINE, Files, Machine
+from privet.cli.options import FILES, MACHINE, Files, Machine, split
 from privet.errors import UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -109,5 +109,5 @@ def _convert(kind: str, value: str) -> Any:
             raise ValueError(value)
         return value.lower() in ("true", "yes", "1")
     if kind.startswith("tuple"):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return split(value)
     return {"int": int, "float": float}.get(kind, str)(value)

@@ -138,6 +138,10 @@ class ImageSet:
             files=tuple(self.files[i] for i in index.tolist()) if self.files else (),
         )
 
+    def without_files(self) -> Self:
+        """Return the same images without the means to read their files again, to be sent to other processes."""
+        return replace(self, files=(), skipped=())
+
     def with_pixels(self, pixels: Tensor) -> Self:
         """Return the same images with other pixels (protected or recovered ones)."""
         return replace(self, pixels=pixels)

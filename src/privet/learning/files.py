@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +103,8 @@ def study(
         )
         save_model(out / WEIGHTS, learned.model, about)
         facts = {
-            "last": learned.accuracy,
-            "best": learned.best.accuracy,
-            "best_epoch": learned.best.epoch,
+            **learned.record(),
             "skipped": len(images.skipped) + len(clean.skipped),
-            "history": [asdict(epoch) for epoch in learned.history],
         }
         finish(out, run, facts)
     return learned

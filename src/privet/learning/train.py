@@ -111,6 +111,17 @@ class Learner:
         return {**asdict(self), "weights": sha256(self.weights.read_bytes()) if self.weights else None}
 
     @property
+    def adamw(self) -> bool:
+        """Whether it trains with AdamW, and else with SGD."""
+        usual = "adamw" if family(self.architecture) == "vit" else "sgd"
+        return (self.optimiser or usual) == "adamw"
+
+    @property
+    def rate(self) -> float:
+        """Its highest learning rate, with labels."""
+        return self.learning_rate or (1e-3 if self.adamw else 0.1)
+
+    @property
     def step_size(self) -> float:
         """Of a step of the attack, in 1/255."""
         return self.radius * max(0.2, 2 / self.attack_steps)
@@ -141,6 +152,15 @@ class Learned:
     def best(self) -> Epoch:
         """The first epoch with the highest accuracy on clean images: what early stopping could reach."""
         return max(self.history, key=lambda epoch: epoch.accuracy)
+
+    def record(self) -> dict[str, Any]:
+        """Return what is kept of a training beside the network, as JSON values."""
+        return {
+            "last": self.accuracy,
+            "best": self.best.accuracy,
+            "best_epoch": self.best.epoch,
+            "history": [asdict(epoch) for epoch in self.history],
+        }
 
 
 def learn(
@@ -286,13 +306,11 @@ def accuracy(model: nn.Module, images: ImageSet, *, runtime: Runtime) -> float:
 
 def make_optimizer(model: nn.Module, learner: Learner) -> tuple[torch.optim.Optimizer, float]:
     """Return the optimiser of a learner and its highest learning rate."""
-    usual = "adamw" if family(learner.architecture) == "vit" else "sgd"
-    if (learner.optimiser or usual) == "adamw":
-        rate, decay = learner.learning_rate or 1e-3, learner.weight_decay
+    rate, decay = learner.rate, learner.weight_decay
+    if learner.adamw:
         return torch.optim.AdamW(
             model.parameters(), rate, weight_decay=0.05 if decay is None else decay
         ), rate
-    rate, decay = learner.learning_rate or 0.1, learner.weight_decay
     optimizer = torch.optim.SGD(
         model.parameters(), rate, momentum=0.9, weight_decay=5e-4 if decay is None else decay
     )

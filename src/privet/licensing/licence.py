@@ -29,6 +29,7 @@ from privet.errors import (
     WrongLicenceError,
 )
 from privet.images import ImageSet
+from privet.learning import Learner
 from privet.licensing.keys import Vendor, check_signature
 from privet.licensing.manifest import canonical, commit
 from privet.licensing.sealed import WORK, read_sealed, write_sealed
@@ -110,6 +111,19 @@ class Licence:
     def present(self, images: ImageSet) -> ImageSet:
         """Return images in use, the test images among them, as the licensee's network gets them."""
         return images.with_pixels(self.stem.apply_to(images.pixels)) if self.stem else images
+
+    def learner(self) -> Learner:
+        """Return how the recipe says to train, but for the initial weights.
+
+        Raises:
+            WrongLicenceError: in a way that this privet does not know.
+        """
+        try:
+            return Learner(**self.terms.recipe)
+        except TypeError as error:
+            raise WrongLicenceError(
+                f"The licence's recipe is not one that this privet knows: {error}."
+            ) from error
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from privet.licensing.protect import weights_path
 from privet.licensing.sealed import WORK
 from privet.licensing.unlock import Unlock
 from privet.models import load_model
-from privet.models.keyed_stem import CHUNK, KeyedStem
+from privet.models.keyed_stem import KeyedStem
 from privet.models.weights import read_tensors
 from privet.progress import Progress, silent
 from privet.protection import UGE, KeyedEM, Lock
@@ -90,18 +90,18 @@ def release(
         raise UsageError(
             "Expected a stem, a lock or initial weights: without any, everybody is authorised alike."
         )
-    if (stem is not None or lock) and clean is None:
-        raise UsageError("A release with a stem or a lock needs the originals, to check that it fits.")
     tensors: dict[str, Tensor] = {}
-    if lock and clean is not None:
-        images, originals = open_pair(folder, clean, progress)
-        _, images = _whole_pair(originals, images)
-        patterns = Unlock.between(originals, images).patterns
-        tensors |= {f"lock/{key}": value for key, value in patterns.items()}
-    if stem is not None and clean is not None:
-        layer = vendor.stem(name, group=stem.group, tile=stem.tile, grey=stem.grey)
-        _check_stem(layer, folder, clean, grey=stem.grey, progress=progress)
-        tensors |= {f"stem/{key}": value for key, value in layer.state_dict().items()}
+    if stem is not None or lock:
+        if clean is None:
+            raise UsageError("A release with a stem or a lock needs the originals, to check that it fits.")
+        before, after = _whole_pair(folder, clean, progress)
+        if lock:
+            patterns = Unlock.between(before, after).patterns
+            tensors |= {f"lock/{key}": value for key, value in patterns.items()}
+        if stem is not None:
+            layer = vendor.stem(name, group=stem.group, tile=stem.tile, grey=stem.grey)
+            _check_stem(layer, before, after, grey=stem.grey)
+            tensors |= {f"stem/{key}": value for key, value in layer.state_dict().items()}
     if weights is not None:
         _, about = load_model(weights)
         if settings.setdefault("architecture", about.architecture) != about.architecture:
@@ -188,35 +188,26 @@ def _planned(run: Mapping[str, Any]) -> StemPlan | None:
         ) from error
 
 
-def _check_stem(stem: KeyedStem, folder: Path, clean: str | Path, *, grey: bool, progress: Progress) -> None:
-    images, originals = open_pair(folder, clean, progress)
-    if bool(images.grey.any()) and not grey:
-        raise UsageError("Some images are grey, and their channels must move together: give --stem-grey.")
-    before, after = _whole_pair(originals, images)
-    differ = sum(
-        int(
-            (stem(before.pixels[start : start + CHUNK]) != stem(after.pixels[start : start + CHUNK]))
-            .flatten(1)
-            .any(1)
-            .sum()
-        )
-        for start in range(0, len(after), CHUNK)
-    )
-    if differ:
-        raise LicenceError(
-            f"Through the stem, {differ} of {len(after)} protected images differ from their originals: the "
-            "perturbation is not what this stem takes away. Protect them with the stem of this release."
-        )
-
-
-def _whole_pair(originals: ImageSet, images: ImageSet) -> tuple[ImageSet, ImageSet]:
+def _whole_pair(folder: Path, clean: str | Path, progress: Progress) -> tuple[ImageSet, ImageSet]:
     """Return each protected image beside its original; all must have one."""
+    images, originals = open_pair(folder, clean, progress)
     before, after = pair(originals, images)
     if len(after) != len(images):
         raise InputError(
             f"Of {len(images)} protected images only {len(after)} have an original of their name."
         )
     return before, after
+
+
+def _check_stem(stem: KeyedStem, before: ImageSet, after: ImageSet, *, grey: bool) -> None:
+    if bool(after.grey.any()) and not grey:
+        raise UsageError("Some images are grey, and their channels must move together: give --stem-grey.")
+    changed = stem.apply_to(before.pixels) != stem.apply_to(after.pixels)
+    if differ := int(changed.flatten(1).any(1).sum()):
+        raise LicenceError(
+            f"Through the stem, {differ} of {len(after)} protected images differ from their originals: the "
+            "perturbation is not what this stem takes away. Protect them with the stem of this release."
+        )
 
 
 def _digest(path: Path) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 
-from privet.errors import WrongLicenceError
 from privet.files import write_bytes
-from privet.learning import Learned, Learner, Runtime, study
+from privet.learning import Learned, Runtime, study
 from privet.licensing.licence import Licence
 from privet.licensing.verify import verify
 from privet.progress import Progress, silent
@@ -55,16 +55,10 @@ def train(
             private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="privet-")))
             weights = private / "initial.safetensors"
             write_bytes(weights, safetensors.torch.save(licence.weights), private=True)
-        try:
-            learner = Learner(**licence.terms.recipe, weights=weights)
-        except TypeError as error:
-            raise WrongLicenceError(
-                f"The licence's recipe is not one that this privet knows: {error}."
-            ) from error
         return study(
             folder,
             test,
-            learner,
+            replace(licence.learner(), weights=weights),
             out,
             runtime=runtime,
             seed=seed,

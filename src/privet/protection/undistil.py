@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TEMPERATURE = 4.0  # of distillation
+from privet.learning.train import TEMPERATURE
+
 SURE = 0.9  # probability of the label from which on an image counts as learned
 BOUND = 1.0  # no distribution is asked to be farther away
 

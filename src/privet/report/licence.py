@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from privet.audit import LicenceAudit
 from privet.audit.licence_plan import CLEAN, CLEAN_PART, LICENSEE, MIXED
-from privet.audit.licence_verdict import COST, GAP, who
+from privet.audit.licence_verdict import COST, GAP, NO, OPEN, PLAINLY, YES, who
 from privet.files import write_bytes, write_json
 from privet.learning.confidence import clopper_pearson
 from privet.report.pages import pages
@@ -25,10 +25,10 @@ KINDS = {
     "others": ("#b3412f", "everybody else"),
 }
 GRADES = {  # by the page's colours
-    "conditionally learnable": "holds",
-    "against plain training only": "partly",
-    "not": "fails",
-    "inconclusive": "inconclusive",
+    YES: "holds",
+    PLAINLY: "partly",
+    NO: "fails",
+    OPEN: "inconclusive",
 }
 
 
