@@ -50,7 +50,8 @@ class Table:
         test: test images used, or None for all.
         preset: of the protections.
         protections: names; "clean" are the images as they are, on which a recovery shows what it costs.
-        recoveries: names for `create_recovery`, or keys of `variants`.
+        recoveries: names for `create_recovery`, or keys of `variants`; the dear ones last.
+        once: more of them, measured with the first seed alone.
         variants: recoveries with other settings than their names have.
         training: of the prior.
         learner: how every learner trains.
@@ -64,6 +65,7 @@ class Table:
     preset: str
     protections: tuple[str, ...]
     recoveries: tuple[str, ...]
+    once: tuple[str, ...] = ()
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     training: PriorTraining
     learner: Learner
@@ -78,19 +80,16 @@ SMALL = Table(
     preset="cpu",
     protections=(CLEAN, "em", "sem", "tap", "lsp", "ar", "ops"),
     recoveries=(
+        "versions",
+        "jpeg-10",
         "none",
         "grayscale",
-        "jpeg-10",
         "projection",
-        "purify",
-        "purify-1+grayscale",
-        "jpeg-10+grayscale",
-        "purify+grayscale",
-        "versions",
+        "projection+versions",
         "jcdp",
-        "projection+purify",
         "avatar",
     ),
+    once=("purify", "purify-1+grayscale", "jpeg-10+grayscale", "purify+grayscale"),
     training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=1e-3),
     learner=Learner(architecture="resnet10-w16", epochs=20),
     seeds=(0, 1, 2),
@@ -160,7 +159,7 @@ class Cell:
 def cells(table: Table) -> Iterator[Cell]:
     """Go through a table's cells, one seed after the other, so that a short run fills all of it."""
     for seed in table.seeds:
-        for recovery in table.recoveries:
+        for recovery in (*(table.once if seed == table.seeds[0] else ()), *table.recoveries):
             for protection in table.protections:
                 yield Cell(protection=protection, recovery=recovery, seed=seed)
 
@@ -312,7 +311,7 @@ def markdown(name: str, lines: Sequence[dict[str, Any]]) -> str:
     protections = [one for one in table.protections if one != CLEAN]
     text = ["| recovery | " + " | ".join((*table.protections, "mean of protected")) + " |"]
     text.append("| --- |" + " ---: |" * (len(table.protections) + 1))
-    for recovery in table.recoveries:
+    for recovery in (*table.recoveries, *table.once):
         row = [entry(found.get((protection, recovery))) for protection in table.protections]
         means = [found.get((protection, recovery)) for protection in protections]
         mean = sum(sum(one) / len(one) for one in means if one) / len(means) if all(means) else None

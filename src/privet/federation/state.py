@@ -72,24 +72,32 @@ class SenderState:
             self._take_back()
         self.round, self.base = round, base
 
+    def left(self, count: int) -> Values | None:
+        """Return what earlier messages left out, faded by absence, or None if that is nothing.
+
+        Args:
+            count: values of the model; a residual of another model, or a damaged one, is dropped as by a restart.
+        """
+        if self.residual is None:
+            return None
+        if len(self.residual) != count or not finite(self.residual):
+            self.residual = None
+            return None
+        absent = 0 if self.sent is None else max(0, self.round - self.sent - self.patience)
+        return self.residual * np.float32(self.decay**absent) if absent else self.residual
+
     def carry(self, update: Values) -> Values:
         """Add the residual to an update, in place, and return it: what there is to tell.
 
         Raises:
             InputError: the sum is beyond float32.
         """
-        if self.residual is None:
+        left = self.left(len(update))
+        if left is None:
             return update
-        size, limit = norm(self.residual), self.clip * norm(update)
-        if self.residual.shape != update.shape or not finite(self.residual):
-            self.residual = None  # another model, or damaged: as after a restart
-            return update
-        absent = 0 if self.sent is None else max(0, self.round - self.sent - self.patience)
-        keep = self.decay**absent
-        if keep * size > limit > 0:
-            keep = limit / size
+        size, limit = norm(left), self.clip * norm(update)
         with np.errstate(over="ignore"):
-            update += self.residual if keep == 1 else self.residual * np.float32(keep)
+            update += left if not size > limit > 0 else left * np.float32(limit / size)
         if not finite(update):
             raise InputError(
                 "Expected an update that is finite together with what earlier messages left out of theirs."

@@ -27,7 +27,6 @@ from tests.federation.flower.apps import READY, app, grid, held, learned, model,
 from privet.errors import UsageError
 from privet.federation import CODECS, DHQ, Codec, Cyclic, Exponential, Int8, Static, Uniform
 from privet.federation.flower import CodecMod, CodecStrategy, LocalGrid
-from privet.federation.flower.download import HISTORY
 from privet.federation.flower.grids import Shown
 from privet.federation.flower.link import KEY, Arrays, arrays_of, content_bytes, pack, record_of, unpack
 from privet.federation.wire import pack as frame
@@ -332,12 +331,75 @@ def test_nodes_that_come_late_or_stayed_away() -> None:
     assert [len(one.accepted) for one in wrapper.rounds] == [2, 2, 3, 3]
     assert same(held(nodes, 3), held(nodes, 1))
     download = wrapper.download
-    for _ in range(HISTORY + 3):
+    for _ in range(100):
         download.follow(learned(download.weights, 1, "1"))
-    assert download.record(download.version - HISTORY)[0] == download.version - HISTORY
-    start, record = download.record(download.version - HISTORY - 1)
+    oldest = min(download.blobs)
+    assert download.record(oldest)[0] == oldest
+    size = sum(array.nbytes for array in model().values())
+    lengths = [len(download.blobs[number]) for number in range(oldest, download.version)]
+    assert sum(lengths) < size <= sum(lengths) + max(lengths)
+    start, record = download.record(oldest - 1)
     assert start == download.version and list(record) == list(model())
-    assert len(download.blobs) <= HISTORY + 1
+
+
+def test_who_makes_the_first_model_is_never_sent_a_whole_one() -> None:
+    def first(context: Context) -> Arrays:
+        """All nodes make the server's, but for the last, which makes one that differs in a bit of one value."""
+        made = model()
+        if context.node_config["partition-id"] == 3:
+            made["bias"] = np.nextafter(made["bias"], np.float32(9))
+        return made
+
+    whole: list[tuple[int, int]] = []
+
+    class Watched(LocalGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            messages = list(messages)
+            whole.extend(
+                (rounds, message.metadata.dst_node_id)
+                for message in messages
+                if "weight" in next(iter(message.content.array_records.values()), {})
+            )
+            return super().send_and_receive(messages)
+
+    rounds = 0
+    client = app(mods=[CodecMod(DHQ(), budget="5%", first=first)])
+    nodes = Watched(client, [{"partition-id": number} for number in range(4)])
+    wrapper = strategy(sampler=Cyclic(schedule=Static(0.5)))
+
+    def count(number: int, record: ArrayRecord) -> None:
+        nonlocal rounds
+        rounds = number
+
+    wrapper.start(grid=nodes, initial_arrays=record_of(model()), num_rounds=4, evaluate_fn=count)
+    assert [node for _, node in whole] == [4]
+    assert not any(one.refused for one in wrapper.rounds)
+    wrapper.download.follow(wrapper.download.weights)  # the last round's result, for all
+    last = {node: held(nodes, node) for node in (1, 2, 3, 4)}
+    versions = {node: nodes.contexts[node].state["privet.version"]["version"] for node in last}
+    for node, other in ((a, b) for a in last for b in last if versions[a] == versions[b]):
+        assert same(last[node], last[other])
+
+
+def test_clients_train_from_where_they_would_be_had_they_told_all() -> None:
+    shown: list[tuple[Arrays, Arrays]] = []
+
+    def answer(message: Message, context: Context) -> Message:
+        expected = arrays_of(context.state["privet.model"])  # type: ignore[arg-type]
+        if "privet.sender" in context.state:
+            left = arrays_of(context.state["privet.sender"])["residual"]  # type: ignore[arg-type]
+            for name, rest in zip(("half", "weight"), np.split(left, [400]), strict=True):
+                assert np.abs(rest).max() > 1e-3
+                expected[name] = expected[name] + rest.reshape(expected[name].shape)
+        shown.append((arrays_of(message.content["arrays"]), expected))  # type: ignore[arg-type]
+        return reply_of(message, context)
+
+    play(strategy(), grid(app(answer), 2), rounds=3)
+    assert len(shown) == 6
+    for found, expected in shown:
+        assert all(
+            np.allclose(found[name], expected[name], atol=1e-3 if name == "half" else 1e-7) for name in found
+        )
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
 
 from privet.errors import UsageError
-from privet.federation.flower.client import answer, network_for
+from privet.federation.flower.client import answer, first_model, network_for
 from privet.federation.flower.federate import REPORT, play, run_of
 from privet.federation.flower.plan import Plan
 from privet.files import claim, finish, write_json
@@ -37,7 +37,8 @@ from privet.learning.runtime import Runtime
 
 def compress(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Compress as the run's plan says: the mod."""
-    return Plan.of(context.run_config).mod()(message, context, call_next)
+    plan = Plan.of(context.run_config)
+    return plan.mod(lambda context: first_model(plan, _images(context)))(message, context, call_next)
 
 
 client = ClientApp(mods=[compress])

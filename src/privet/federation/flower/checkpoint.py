@@ -29,7 +29,7 @@ SERVER = "server.safetensors"
 def save(
     folder: Path, strategy: CodecStrategy, grid: LocalGrid | None, arrays: ArrayRecord, more: Any
 ) -> None:
-    """Write the server's state, and that of the clients of the last round.
+    """Write the server's state, and that of the clients of the last round; of all clients the first time.
 
     Whatever kills this, what `load` finds is one round, whole: the server's file names the clients' files, and
     old ones are deleted only after it is written.
@@ -44,7 +44,7 @@ def save(
     number = strategy.rounds[-1].round
     files = _record(folder)["clients"] if (folder / SERVER).exists() else {}
     for node in grid.contexts if grid else ():
-        if grid and node in strategy.known and strategy.known[node].name in strategy.rounds[-1].chosen:
+        if grid and (str(node) not in files or _name(strategy, node) in strategy.rounds[-1].chosen):
             files[str(node)] = f"client-{node}-{number}.safetensors"
             write_bytes(folder / files[str(node)], _client(grid.contexts[node].state))
     download = strategy.download
@@ -60,6 +60,7 @@ def save(
     record = {
         "names": list(download.visible),
         "version": download.version,
+        "first": download.first,
         "nodes": {node: asdict(known) for node, known in strategy.known.items()},
         "rounds": [asdict(one) for one in strategy.rounds],
         "memory": kinds,
@@ -93,7 +94,7 @@ def load(folder: Path, strategy: CodecStrategy, grid: LocalGrid | None) -> tuple
             known={int(node): Node(**known) for node, known in record["nodes"].items()} if grid else {},
         )
         download = strategy.download
-        download.weights, download.version = model, record["version"]
+        download.weights, download.version, download.first = model, record["version"], record["first"]
         download.visible = {name: tensors[f"visible/{name}"] for name in names}
         download.blobs = {
             int(name.removeprefix("difference/")): blob.tobytes()
@@ -108,6 +109,10 @@ def load(folder: Path, strategy: CodecStrategy, grid: LocalGrid | None) -> tuple
             f"The checkpoint in {folder} is damaged ({error}). Delete it and begin anew."
         ) from error
     return arrays, record["more"]
+
+
+def _name(strategy: CodecStrategy, node: int) -> str | None:
+    return strategy.known[node].name if node in strategy.known else None
 
 
 def _record(folder: Path) -> dict[str, Any]:

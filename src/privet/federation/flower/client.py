@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from privet.federation.flower.link import only_arrays
+from privet.federation.flower.link import Arrays, arrays_of, only_arrays
 from privet.federation.flower.mod import name_of
 from privet.federation.flower.plan import Plan
 from privet.images import ImageSet
@@ -28,7 +28,7 @@ def client_app(plan: Plan, images_of: Callable[[Context], ImageSet], *, runtime:
         images_of: returns the images of the node with this context.
         runtime: where it trains.
     """
-    app = ClientApp(mods=[plan.mod()])
+    app = ClientApp(mods=[plan.mod(lambda context: first_model(plan, images_of(context)))])
     networks: list[nn.Module] = []
 
     @app.train()
@@ -39,6 +39,17 @@ def client_app(plan: Plan, images_of: Callable[[Context], ImageSet], *, runtime:
         return answer(message, context, plan, images, networks[0], runtime=runtime)
 
     return app
+
+
+def first_network(plan: Plan, images: ImageSet) -> nn.Module:
+    """Return the network that a federation begins with; it follows from the plan, wherever it is made."""
+    seed = derive(plan.seed, "weights")
+    return create_model(plan.architecture, classes=images.classes, size=images.size, seed=seed)
+
+
+def first_model(plan: Plan, images: ImageSet) -> Arrays:
+    """Return the arrays of the first network."""
+    return arrays_of(ArrayRecord(first_network(plan, images).state_dict()))
 
 
 def network_for(plan: Plan, images: ImageSet, *, runtime: Runtime) -> nn.Module:

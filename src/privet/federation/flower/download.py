@@ -8,11 +8,9 @@ from flwr.app import ArrayRecord
 
 from privet.federation.base import Codec
 from privet.federation.budget import Budget
-from privet.federation.flower.link import Arrays, difference, moved, pack, record_of, schema_of
+from privet.federation.flower.link import Arrays, difference, digest, moved, pack, record_of, schema_of
 from privet.federation.message import decode
 from privet.federation.state import SenderState
-
-HISTORY = 16  # differences that are kept; a node that missed more gets the whole model
 
 
 @dataclass(kw_only=True)
@@ -28,7 +26,8 @@ class Download:
         weights: w; empty before the first round.
         visible: v.
         version: of v.
-        blobs: differences by the version that each starts from.
+        first: digest of the model of version 0.
+        blobs: differences by the version that each starts from; the last ones, as many as are shorter than a model.
     """
 
     codec: Codec | None
@@ -36,6 +35,7 @@ class Download:
     weights: Arrays = field(default_factory=dict)
     visible: Arrays = field(default_factory=dict)
     version: int = 0
+    first: str = ""
     blobs: dict[int, bytes] = field(default_factory=dict)
     _records: dict[int, ArrayRecord] = field(default_factory=dict, repr=False)
 
@@ -48,6 +48,7 @@ class Download:
         """
         if not self.visible or self.codec is None:
             self.version += bool(self.visible)
+            self.first = self.first or digest(weights)
             self.weights = self.visible = weights
         else:
             self.weights = weights
@@ -59,20 +60,24 @@ class Download:
             self.visible = moved(self.visible, decode(blob, schema))
             self.blobs[self.version] = blob
             self.version += 1
-            self.blobs.pop(self.version - HISTORY - 1, None)
+            while sum(map(len, self.blobs.values())) >= self._size:
+                del self.blobs[min(self.blobs)]
         self._records.clear()
+
+    @property
+    def _size(self) -> int:
+        return sum(array.nbytes for array in self.visible.values())
 
     def record(self, held: int | None) -> tuple[int, ArrayRecord]:
         """Return what brings a node to this version, and the version that it starts from.
 
         Args:
-            held: the version that the node holds, or None; it gets the whole model if that is shorter, or
-                if the differences are no longer known.
+            held: the version that the node holds, or None; it gets the whole model if it holds none, or if
+                that is no longer than the differences that it missed.
         """
         start = self.version if held is None else held
         chain = [self.blobs[number] for number in range(start, self.version) if number in self.blobs]
-        size = sum(array.nbytes for array in self.visible.values())
-        if held is None or len(chain) < self.version - start or sum(map(len, chain)) >= size:
+        if held is None or len(chain) < self.version - start:
             start, chain = -1, []
         if start not in self._records:
             self._records[start] = record_of(self.visible) if start < 0 else pack(chain)

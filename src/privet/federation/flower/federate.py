@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from privet.errors import InputError
 from privet.federation.flower.checkpoint import load, save
-from privet.federation.flower.client import client_app, steps_of
+from privet.federation.flower.client import client_app, first_network, steps_of
 from privet.federation.flower.grids import LocalGrid
 from privet.federation.flower.link import Arrays
 from privet.federation.flower.plan import Plan, create_codec
@@ -32,7 +32,6 @@ from privet.learning.update import Update as Record
 from privet.learning.update_files import save_update
 from privet.models import SavedModel, create_model, save_model
 from privet.progress import Progress, silent
-from privet.seeds import derive
 from privet.version import VERSION
 
 REPORT, MODEL, RECORDS = "federation.json", "model.safetensors", "updates"
@@ -136,8 +135,7 @@ def play(
         runtime: where the model is measured.
         progress: told about rounds.
     """
-    seed = derive(plan.seed, "weights")
-    network = create_model(plan.architecture, classes=test.classes, size=test.size, seed=seed)
+    network = first_network(plan, test)
     arrays = ArrayRecord(network.state_dict())
     network = runtime.place(network)
     workspace = out / WORKSPACE

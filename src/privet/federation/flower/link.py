@@ -7,6 +7,7 @@ travel as one array a tensor.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,6 +127,15 @@ def arrays_of(record: ArrayRecord) -> Arrays:
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Return arrays as Flower's record, in their order."""
     return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
+
+
+def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Return what tells models apart: a hash of names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, array in arrays.items():
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:32]
 
 
 def schema_of(arrays: Mapping[str, NDArray[Any]]) -> Schema:

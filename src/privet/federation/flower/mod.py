@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
@@ -17,6 +19,7 @@ from privet.federation.flower.link import (
     Request,
     arrays_of,
     difference,
+    digest,
     moved,
     only_arrays,
     pack,
@@ -31,6 +34,9 @@ from privet.federation.quantise import DeadZone
 from privet.federation.state import SenderState
 from privet.seeds import derive
 
+First = Callable[[Context], Arrays]
+"""Makes the model that a federation begins with."""
+
 MODEL, SENDER, VERSION = "privet.model", "privet.sender", "privet.version"  # in the node's state
 FAILED = 6  # Flower's code for a mod that cannot go on
 # Of DHQ's levels uniform ones brought federations furthest, byte for byte (benchmarks/results/federate-small.md).
@@ -41,8 +47,9 @@ NEED_MODEL = "privet: this node needs the whole model"
 class CodecMod:
     """Sends what training changed as one message of a codec, and receives the model likewise.
 
-    The ClientApp sees ordinary arrays. It must be the outermost mod, so that clipping and noise come
-    before compression:
+    The ClientApp sees ordinary arrays: to train, the model plus what this node's earlier messages left out, so that it
+    does not learn again what the server will hear of anyway (step-ahead error feedback, arXiv 2601.20738). It must
+    be the outermost mod, so that clipping and noise come before compression:
 
         app = ClientApp(mods=[CodecMod(), LocalDpMod(...)])
 
@@ -51,13 +58,23 @@ class CodecMod:
     Args:
         codec: for what is sent, usually DHQ with uniform levels; None sends whole models, for comparison.
         budget: "1%" of the values, "64KiB" in all, or None for the codec's usual size.
+        first: makes the model that the federation begins with, if the node can do so itself: from a seed, or
+            from a published network. If it is the server's to the last bit, the node never receives
+            a whole model.
 
     Raises:
         UsageError: a budget that this codec does not have.
     """
 
-    def __init__(self, codec: Codec | None = USUAL, *, budget: str | None = None) -> None:
+    def __init__(
+        self,
+        codec: Codec | None = USUAL,
+        *,
+        budget: str | None = None,
+        first: First | None = None,
+    ) -> None:
         self.codec = codec
+        self.first = first
         self.budget = None if codec is None else codec.allow(budget)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -67,35 +84,36 @@ class CodecMod:
         try:
             request = Request.of(message.content.config_records[KEY])
             if request.greeting:
-                record = ConfigRecord({"name": name_of(context)})
+                record = ConfigRecord({"name": name_of(context), "first": self._begin(context)})
                 return Message(RecordDict({KEY: record}), reply_to=message)
             key, record_sent = only_arrays(message.content)
             model = _receive(record_sent, request, context.state)
             content = {name: record for name, record in message.content.items() if name != KEY}
-            message.content = RecordDict({**content, key: record_of(model)})
+            trains = self.codec is not None and message.metadata.message_type.startswith("train")
+            sender = _sender(request, context) if trains else SenderState()
+            start = _ahead(model, sender)
+            message.content = RecordDict({**content, key: record_of(start)})
             reply = call_next(message, context)
-            if reply.has_error() or not message.metadata.message_type.startswith("train"):
-                return reply
-            self._pack(reply, model, request, context)
+            if trains and not reply.has_error():
+                self._pack(reply, start, sender, context)
         except PrivetError as error:
             return Message(Error(FAILED, str(error)), reply_to=message)
         return reply
 
-    def _pack(self, reply: Message, model: Arrays, request: Request, context: Context) -> None:
-        if self.codec is None:
-            return
+    def _begin(self, context: Context) -> str:
+        """Make the first model and hold it; return its digest, or nothing if there is none."""
+        if self.first is None or VERSION in context.state.config_records:
+            return ""
+        model = self.first(context)
+        _hold(model, 0, context.state)
+        return digest(model)
+
+    def _pack(self, reply: Message, start: Arrays, sender: SenderState, context: Context) -> None:
+        assert self.codec is not None
         key, record = only_arrays(reply.content)
-        sender = SenderState(seed=derive(0, "node", name_of(context)))
-        if SENDER in context.state.array_records:
-            sender.restore(arrays_of(context.state.array_records[SENDER]))
-        sender.begin(
-            round=request.round,
-            base=request.version,
-            accepted=None if request.accepted < 0 else request.accepted,
-        )
-        schema = schema_of(model)
+        schema = schema_of(start)
         blob = self.codec.encode(
-            difference(arrays_of(record), model), schema=schema, budget=self.budget, state=sender
+            difference(arrays_of(record), start), schema=schema, budget=self.budget, state=sender
         )
         reply.content[key] = pack([blob])
         if sender.told is not None and len(sender.told[0]):
@@ -110,6 +128,29 @@ def name_of(context: Context) -> str:
     """Return a node's name: its `name` or `partition-id` in the node's configuration, else its id."""
     config = context.node_config
     return str(config.get("name", config.get("partition-id", context.node_id)))
+
+
+def _sender(request: Request, context: Context) -> SenderState:
+    """Return what the node remembers of its messages, at the beginning of this round."""
+    sender = SenderState(seed=derive(0, "node", name_of(context)))
+    if SENDER in context.state.array_records:
+        sender.restore(arrays_of(context.state.array_records[SENDER]))
+    sender.begin(
+        round=request.round,
+        base=request.version,
+        accepted=None if request.accepted < 0 else request.accepted,
+    )
+    return sender
+
+
+def _ahead(model: Arrays, sender: SenderState) -> Arrays:
+    """Return the model plus what the sender's messages left out."""
+    schema = schema_of(model)
+    left = sender.left(schema.size)
+    if left is None:
+        return model
+    nothing = {tensor.name: np.zeros(tensor.shape, tensor.dtype) for tensor in schema.tensors if tensor.dense}
+    return moved(model, schema.unflatten(left, nothing))
 
 
 def _receive(record: ArrayRecord, request: Request, state: RecordDict) -> Arrays:
@@ -133,6 +174,10 @@ def _receive(record: ArrayRecord, request: Request, state: RecordDict) -> Arrays
                 model = moved(model, update)
     else:
         model = arrays_of(record)
-    state[MODEL] = record_of(model)
-    state[VERSION] = ConfigRecord({"version": request.version})
+    _hold(model, request.version, state)
     return model
+
+
+def _hold(model: Arrays, version: int, state: RecordDict) -> None:
+    state[MODEL] = record_of(model)
+    state[VERSION] = ConfigRecord({"version": version})

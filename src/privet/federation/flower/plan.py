@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Strategy
 from privet.errors import UsageError
 from privet.federation.base import Codec
 from privet.federation.dhq import DHQ
-from privet.federation.flower.mod import CodecMod
+from privet.federation.flower.mod import CodecMod, First
 from privet.federation.flower.strategy import CodecStrategy, Watch
 from privet.federation.message import CODECS
 from privet.federation.partition import Index, dirichlet, iid
@@ -119,10 +119,10 @@ class Plan:
             return iid(len(labels), self.clients, seed=self.seed)
         return dirichlet(labels, self.clients, alpha=self.alpha, seed=self.seed)
 
-    def mod(self) -> CodecMod:
-        """Return the clients' mod."""
+    def mod(self, first: First | None = None) -> CodecMod:
+        """Return the clients' mod; `first` is as for `CodecMod`."""
         codec = create_codec(self.codec)
-        return CodecMod(codec, budget=_budget(codec, self.budget))
+        return CodecMod(codec, budget=_budget(codec, self.budget), first=first)
 
     def wrapper(
         self, sizes: Mapping[str, int], *, nodes: int | None = None, watch: Watch | None = None

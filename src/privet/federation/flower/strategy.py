@@ -72,11 +72,13 @@ class Node:
 
     Attributes:
         name: stable over restarts, as far as the node's configuration says one.
+        first: digest of the first model, if it made one itself.
         held: version of the model that it holds, or None.
         accepted: its last round that was taken, or -1.
     """
 
     name: str
+    first: str = ""
     held: int | None = None
     accepted: int = -1
 
@@ -233,8 +235,8 @@ class CodecStrategy(Strategy):
         for reply in sorted(grid.send_and_receive(new, timeout=GREETING) if new else (), key=_source):
             self.rounds[-1].up += wire_bytes(reply)
             node = reply.metadata.src_node_id
-            told = reply.content.config_records.get(KEY) if reply.has_content() else None
-            name = None if told is None else told.get("name")
+            told = reply.content.config_records.get(KEY, ConfigRecord()) if reply.has_content() else {}
+            name = told.get("name")
             if not isinstance(name, str) or not 0 < len(name) <= 200:
                 reason = reply.error.reason if reply.has_error() else "no name"
                 log.log(WARNING, "Node %s is left out (%s); its ClientApp needs CodecMod.", node, reason)
@@ -242,7 +244,7 @@ class CodecStrategy(Strategy):
                 log.log(WARNING, "Node %s is left out: another is named %r as well.", node, name)
             else:
                 names.add(name)
-                self.known[node] = Node(name=name)
+                self.known[node] = Node(name=name, first=str(told.get("first", "")))
         found = [node for node in nodes if node in self.known]
         if not found:
             raise UsageError("No node answered the greeting; give the ClientApp mods=[CodecMod()] of privet.")
@@ -255,6 +257,9 @@ class CodecStrategy(Strategy):
         sent = []
         for message in sorted(messages, key=lambda one: self.known[one.metadata.dst_node_id].name):
             node = self.known[message.metadata.dst_node_id]
+            if node.first == self.download.first:
+                node.held = 0
+            node.first = ""  # from now on it is known what the node holds
             start, record = self.download.record(node.held)
             request = Request(
                 round=self.rounds[-1].round,
