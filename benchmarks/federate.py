@@ -59,18 +59,13 @@ class Table:
 def rows(rounds: int, hundredth: str) -> dict[str, dict[str, Any]]:
     """Return all rows; `hundredth` is a budget of a hundredth of the model's bytes."""
     budgets = {"budget": hundredth, "download_budget": hundredth}
-    uniform = {"codec": "dhq-deadzone", "download": "dhq-deadzone"}
     return {
         WHOLE: {"codec": "none", "download": "none"},
         "int8": {"codec": "int8", "download": "int8"},
         "EDEN": {"codec": "eden", "download": "eden"},
-        "STC 1 %": {"codec": "stc", "download": "stc"},
-        "DHQ 1 %": {},
-        "STC, a hundredth of the bytes": {"codec": "stc", "download": "stc", **budgets},
-        "DHQ, a hundredth of the bytes": budgets,
-        "STC, a hundredth up, whole models down": {"codec": "stc", "download": "none", **budgets},
-        "DHQ, a hundredth up, whole models down": {"download": "none", **budgets},
-        "DHQ, a hundredth, uniform levels": {**uniform, **budgets},
+        "STC, a hundredth": {"codec": "stc", "download": "stc", **budgets},
+        "DHQ, a hundredth": budgets,
+        "DHQ, a hundredth, mean-split levels": {"codec": "dhq", "download": "dhq", **budgets},
         **sampling(rounds, budgets),
     }
 
@@ -81,12 +76,9 @@ def sampling(rounds: int, budgets: dict[str, str]) -> dict[str, dict[str, Any]]:
     dynamic = {"schedule": "exponential", "fraction": 0.4, "decay": 0.03, "floor": 0.06, "sampler": "uniform"}
     drawn = sum(Plan(**dynamic, rounds=rounds).draw({}).count(number, 50) for number in range(rounds))
     static = {"schedule": "static", "fraction": drawn / rounds / 50, "sampler": "uniform"}
-    whole = {"codec": "none", "download": "none"}
     return {
         "DHQ, a hundredth, dynamic sampling": {**budgets, **dynamic},
         "DHQ, a hundredth, static, as many": {**budgets, **static},
-        "whole models, dynamic sampling": {**whole, **dynamic},
-        "whole models, static, as many": {**whole, **static},
     }
 
 
@@ -94,8 +86,6 @@ SMALL = Plan(
     rounds=200,
     clients=50,
     alpha=0.3,
-    codec="dhq",
-    download="dhq",
     fraction=0.2,
     local_epochs=1,
     batch_size=32,

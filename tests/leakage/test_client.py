@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from privet.leakage.client import Client, network_of
 from privet.leakage.grnn import GRNN, NOISE, draw
+from privet.leakage.ig import IG
 from privet.leakage.lbfgs import LBFGS
 from privet.leakage.objective import Evidence
-from privet.leakage.problem import Problem
+from privet.leakage.problem import GUESSES, Problem, guess
 from privet.learning import Update
 
 CPU = torch.device("cpu")
@@ -116,12 +117,45 @@ def problem(side: int, *, members: int, grey: bool = False, known: bool = True) 
     return Problem(
         client=client,
         evidence=evidence,
+        unit=evidence.energy,
         known=labels,
         bias=None,
         victims=torch.arange(members),
         starts=starts,
         seed=0,
     )
+
+
+def test_the_unit_of_distances_is_what_random_images_leave() -> None:
+    """It is the same for a victim's restarts, and does not depend on what else is attacked."""
+    updates = [victim.update for victim in victims(2)]
+
+    def units(which: list[int], labels: str = "infer") -> Tensor:
+        chosen = [updates[i] for i in which]
+        known = [torch.tensor(update.labels) if update.labels else torch.tensor([1]) for update in chosen]
+        made = IG(labels=labels)._problem(
+            chosen,
+            network_of(updates[0]),
+            known=known if labels == "infer" else [None] * len(chosen),
+            victims=torch.tensor(which),
+            starts=tuple(range(len(which))),
+            seed=0,
+            device=CPU,
+        )
+        slow = torch.zeros(len(which))
+        for number in range(GUESSES):
+            x, y = guess(made, number)
+            assert x.shape == (len(which), 1, 3, 16, 16) and bool(torch.equal(x[0], x[-1]))
+            found = made.client.gradient(x, y)
+            for name, value in found.items():
+                slow += (value - made.evidence.low[name]).flatten(1).square().sum(1) / GUESSES
+        torch.testing.assert_close(made.unit, slow)
+        return made.unit
+
+    both = units([0, 1, 0, 1])
+    assert float(both[0]) == float(both[2]) != float(both[1]) == float(both[3])
+    torch.testing.assert_close(units([1, 1])[0], both[1])
+    assert bool((units([0, 1], "joint") > 0).all())
 
 
 @pytest.mark.parametrize("grey", [False, True])

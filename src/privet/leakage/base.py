@@ -18,7 +18,7 @@ from privet.leakage.client import Client, network_of
 from privet.leakage.labels import Head, infer_labels
 from privet.leakage.moments import sent_moments
 from privet.leakage.objective import Evidence, Tensors
-from privet.leakage.problem import FAILED, Problem, Solved
+from privet.leakage.problem import FAILED, Problem, Solved, ignorance
 from privet.learning.checkpoint import load_state, save_state
 from privet.learning.job import Job
 from privet.learning.runtime import Runtime
@@ -209,9 +209,10 @@ class Inversion(ABC):
         heads = [Head.of(update).bias for update in updates] if counted else []
         biases = [bias for bias in heads if bias is not None]
         evidence = Evidence.of(updates, aware=self.aware, device=device, dtype=dtype)
-        return Problem(
+        problem = Problem(
             client=client,
             evidence=evidence,
+            unit=torch.ones_like(evidence.floor),
             known=torch.stack(labels).to(device) if labels else None,
             bias=torch.stack(biases).to(device, dtype) if biases else None,
             victims=victims.to(device),
@@ -221,18 +222,19 @@ class Inversion(ABC):
                 name: torch.stack([one[name] for one in moments]).to(device, dtype) for name in moments[0]
             },
         )
+        return replace(problem, unit=ignorance(problem))
 
     @abstractmethod
     def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:
         """Look for images and labels; `report` is told every finished step, `job` says what to keep of it."""
 
     def _distance(self, problem: Problem, gradient: Tensors) -> Tensor:
-        """Return how far gradients are from what was sent, relative to a gradient of zero, (members,)."""
-        return problem.evidence.distance(gradient) / problem.evidence.energy
+        """Return how far gradients are from what was sent, relative to those of random images, (members,)."""
+        return problem.evidence.distance(gradient) / problem.unit
 
     def _floor(self, problem: Problem) -> Tensor:
         """Return the distance that noise explains by itself, (members,)."""
-        return problem.evidence.floor / problem.evidence.energy
+        return problem.evidence.floor / problem.unit
 
     def _labels(self, update: Update, network: nn.Module) -> Tensor | None:
         if update.labels is not None:

@@ -37,7 +37,7 @@ class GRNN(Descent):
 
     Deviations, which the preset "faithful" takes back:
 
-    - S is relative to the gradient's own size, so settings mean the same for every network;
+    - S is relative to what random images leave of it, so settings mean the same for every network;
     - the generator has half the width: as good, and cheaper;
     - what the first layer makes of the inputs is fitted itself, not that layer's weights: for a single
       image the steps are the same, for 1/128 of the numbers, and images of a batch share less;
@@ -133,7 +133,7 @@ class GRNN(Descent):
 
     def _loss(self, problem: Problem, x: Tensor, distance: Tensor) -> Tensor:
         if not self.relative:
-            distance = distance * problem.evidence.energy
+            distance = distance * problem.unit
         quiet = problem.evidence.temperature == 0
         wasserstein = torch.where(quiet | (not self.relative), (distance + EPSILON).sqrt(), 0.0)
         return distance + wasserstein + smoothness(problem, x, self.smoothing) * squared_variation(x)

@@ -32,7 +32,7 @@ class Evidence:
         clipped: (members,), whether all values were scaled down together by an unknown factor.
         laplace: (members,), whether distances are to be summed as they are, not squared.
         floor: (members,), the distance that noise alone leaves between the truth and what was sent.
-        energy: (members,), the distance of a gradient of zero: the unit of relative distances.
+        energy: (members,), the distance of a gradient of zero.
         temperature: (members,), what minus the log-likelihood is to be multiplied with to give the distance.
         equations: (members,), how many values were sent.
     """

@@ -17,6 +17,10 @@ from privet.seeds import generator
 
 CONVERGED = {torch.float32: 1e-11, torch.float64: 1e-22}  # relative distances that rounding leaves
 POINTS = 50  # of a history
+GUESSES, COARSE = (
+    4,
+    (4, 4),
+)  # random images that distances are compared with, and the grid that they are drawn on
 HUGE = 1e30  # stands for infinity in a history
 # What a member's end begins with if it came to numbers that are not finite.
 FAILED = "failed: "
@@ -46,6 +50,7 @@ class Problem:
     Attributes:
         client: their simulation of the client.
         evidence: what was sent.
+        unit: the distance that random images leave, on average: 1 of a relative distance, (members,).
         known: the labels, (members, images), or None if they are to be found.
         bias: of the last layer, as it was sent, (members, classes), if the labels were counted by it and may be again.
         victims: whose restart each member is, (members,).
@@ -56,6 +61,7 @@ class Problem:
 
     client: Client
     evidence: Evidence
+    unit: Tensor
     known: Tensor | None
     bias: Tensor | None
     victims: Tensor
@@ -91,6 +97,7 @@ class Problem:
         return Problem(
             client=self.client.subset(kept),
             evidence=self.evidence.subset(kept),
+            unit=self.unit[kept],
             known=None if self.known is None else self.known[kept],
             bias=None if self.bias is None else self.bias[kept],
             victims=self.victims[kept],
@@ -98,6 +105,33 @@ class Problem:
             seed=self.seed,
             moments={name: value[kept] for name, value in self.moments.items()},
         )
+
+
+@torch.no_grad()
+def ignorance(problem: Problem) -> Tensor:
+    """Return the distance that random images leave, on average, (members,).
+
+    It is what there is to gain. The size of the gradient is not: nearly all of it may say nothing of the image, as in
+    deep networks, whose last layer has a gradient a million times that of the first.
+    """
+    total = torch.zeros_like(problem.evidence.floor)
+    for number in range(GUESSES):
+        x, y = guess(problem, number)
+        total += problem.evidence.distance(problem.client.gradient(x, y))
+    return torch.where(total > 0, total / GUESSES, 1.0)
+
+
+def guess(problem: Problem, number: int) -> tuple[Tensor, Tensor]:
+    """Return random images, the same for all members, and the labels or what is to be expected of them."""
+    update, count = problem.update, len(problem.starts)
+    coarse = torch.rand(
+        update.images, problem.colours, *COARSE, generator=generator(problem.seed, "guess", number)
+    )
+    x = F.interpolate(coarse, size=update.size, mode="bilinear").to(problem.evidence.floor)
+    y = problem.targets
+    if y is None:
+        y = x.new_full((count, update.images, update.classes), 1 / update.classes)
+    return x.expand(count, *x.shape), y
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

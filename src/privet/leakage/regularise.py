@@ -33,4 +33,4 @@ def smoothness(problem: Problem, x: Tensor, least: float) -> Tensor:
     with standard deviation `NEIGHBOURS`; without noise, and never less than, `least`.
     """
     evidence, values = problem.evidence, x[0].numel()
-    return least + evidence.temperature * values / (4 * NEIGHBOURS**2 * evidence.energy)
+    return least + evidence.temperature * values / (4 * NEIGHBOURS**2 * problem.unit)

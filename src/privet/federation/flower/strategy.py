@@ -26,6 +26,7 @@ from privet.federation.flower.link import (
     moved,
     only_arrays,
     packed,
+    receipt_bytes,
     record_of,
     restored,
     schema_of,
@@ -233,7 +234,7 @@ class CodecStrategy(Strategy):
         self.rounds[-1].down += sum(map(wire_bytes, new))
         names = {node.name for key, node in self.known.items() if key in nodes}
         for reply in sorted(grid.send_and_receive(new, timeout=GREETING) if new else (), key=_source):
-            self.rounds[-1].up += wire_bytes(reply)
+            self._arrived(reply)
             node = reply.metadata.src_node_id
             told = reply.content.config_records.get(KEY, ConfigRecord()) if reply.has_content() else {}
             name = told.get("name")
@@ -312,11 +313,15 @@ class CodecStrategy(Strategy):
     def _from_nodes(self, replies: Iterable[Message]) -> Iterator[Message]:
         """Yield the nodes' replies; for a node that is gone, Flower itself answers."""
         for reply in replies:
-            self.rounds[-1].up += wire_bytes(reply)
+            self._arrived(reply)
             if reply.metadata.src_node_id in self.known:
                 yield reply
             elif reply.has_error():
                 log.log(WARNING, "Flower says: %s", reply.error.reason)
+
+    def _arrived(self, reply: Message) -> None:
+        self.rounds[-1].up += wire_bytes(reply)
+        self.rounds[-1].down += receipt_bytes(reply)
 
     def _check(self, reply: Message) -> None:
         node = reply.metadata.src_node_id
