@@ -13,12 +13,13 @@ from tests.leakage.victims import victims
 from torch import Tensor, nn
 
 from privet.leakage.client import Client, network_of
+from privet.leakage.dlg import DLG
 from privet.leakage.grnn import GRNN, NOISE, draw
 from privet.leakage.ig import IG
 from privet.leakage.lbfgs import LBFGS
 from privet.leakage.objective import Evidence
 from privet.leakage.problem import GUESSES, Problem, guess
-from privet.learning import Update
+from privet.learning import Treatment, Update
 
 CPU = torch.device("cpu")
 
@@ -156,6 +157,43 @@ def test_the_unit_of_distances_is_what_random_images_leave() -> None:
     assert float(both[0]) == float(both[2]) != float(both[1]) == float(both[3])
     torch.testing.assert_close(units([1, 1])[0], both[1])
     assert bool((units([0, 1], "joint") > 0).all())
+
+
+def test_tensors_that_hardly_depend_on_the_image_are_not_heard() -> None:
+    """Behind saturated units the last layer's gradient is large and always the same."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(784, 8), nn.Sigmoid(), nn.Linear(8, 3)
+    )
+    with torch.no_grad():
+        network[3].bias.fill_(14.0)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    slope = F.cross_entropy(network(images), torch.tensor([0, 1]))
+    values = dict(
+        zip(
+            dict(network.named_parameters()),
+            torch.autograd.grad(slope, list(network.parameters())),
+            strict=True,
+        )
+    )
+    update = Update.of(
+        network, values, architecture="own", classes=3, size=(16, 16), batch_size=2, labels=(0, 1)
+    )
+
+    def made(dtype: torch.dtype, noise: float = 0.0) -> Problem:
+        sent = replace(
+            update, treatment=Treatment(noise="gaussian", noise_scale=noise) if noise else Treatment()
+        )
+        inversion = DLG() if dtype == torch.float64 else IG()
+        labels = torch.tensor([0, 1])
+        return inversion._problem(
+            [sent] * 2, network, known=[labels] * 2, victims=torch.zeros(2), starts=(0, 0), seed=0, device=CPU
+        )
+
+    heard = {name: value.tolist() for name, value in made(torch.float32).evidence.heard.items()}
+    deaf = [name for name, value in heard.items() if value == [0.0, 0.0]]
+    assert sorted(deaf) == ["5.bias", "5.weight"] and heard["0.weight"] == [1.0, 1.0]
+    for other in (made(torch.float64), made(torch.float32, noise=0.1)):
+        assert all(value.tolist() == [1.0, 1.0] for value in other.evidence.heard.values())
 
 
 @pytest.mark.parametrize("grey", [False, True])

@@ -18,7 +18,7 @@ from privet.leakage.client import Client, network_of
 from privet.leakage.labels import Head, infer_labels
 from privet.leakage.moments import sent_moments
 from privet.leakage.objective import Evidence, Tensors
-from privet.leakage.problem import FAILED, Problem, Solved, ignorance
+from privet.leakage.problem import FAILED, Problem, Solved, calibrated
 from privet.learning.checkpoint import load_state, save_state
 from privet.learning.job import Job
 from privet.learning.runtime import Runtime
@@ -222,7 +222,7 @@ class Inversion(ABC):
                 name: torch.stack([one[name] for one in moments]).to(device, dtype) for name in moments[0]
             },
         )
-        return replace(problem, unit=ignorance(problem))
+        return calibrated(problem)
 
     @abstractmethod
     def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:

@@ -35,6 +35,7 @@ class Evidence:
         energy: (members,), the distance of a gradient of zero.
         temperature: (members,), what minus the log-likelihood is to be multiplied with to give the distance.
         equations: (members,), how many values were sent.
+        heard: by name, (members,), 1 for the tensors that distances are summed over, 0 for others.
     """
 
     low: Tensors
@@ -45,6 +46,7 @@ class Evidence:
     energy: Tensor
     temperature: Tensor
     equations: Tensor
+    heard: Tensors
 
     @classmethod
     def of(
@@ -76,6 +78,7 @@ class Evidence:
             energy=torch.ones_like(scale),
             temperature=torch.where(laplace, scale, 2 * scale.square()),
             equations=told,
+            heard={name: torch.ones_like(scale) for name in low},
         )
         nothing = {name: torch.zeros_like(value) for name, value in low.items()}
         energy = evidence.distance(nothing)  # signs say nothing of size: zero fits them all
@@ -94,23 +97,27 @@ class Evidence:
             energy=self.energy[kept],
             temperature=self.temperature[kept],
             equations=self.equations[kept],
+            heard={name: value[kept] for name, value in self.heard.items()},
         )
 
     def distance(self, gradient: Tensors) -> Tensor:
-        """Return the sum of squares (after Laplace noise: the sum) of what lies outside the intervals.
+        """Return the sum of the distances of all tensors that are heard, (members,).
 
         Args:
             gradient: by name, (members, ...).
         """
-        gradient = self._scaled(gradient)
-        total = torch.zeros_like(self.floor)
-        for name, value in gradient.items():
+        found = self.distances(gradient)
+        return sum((self.heard[name] * value for name, value in found.items()), torch.zeros_like(self.floor))
+
+    def distances(self, gradient: Tensors) -> Tensors:
+        """Return each tensor's sum of squares (after Laplace noise: the sum) of what lies outside the intervals."""
+        found = {}
+        for name, value in self._scaled(gradient).items():
             rest = value - self._nearest(name, value)
-            squares = rest.square().flatten(1).sum(1)
+            found[name] = rest.square().flatten(1).sum(1)
             if bool(self.laplace.any()):
-                squares = torch.where(self.laplace, rest.abs().flatten(1).sum(1), squares)
-            total = total + squares
-        return total
+                found[name] = torch.where(self.laplace, rest.abs().flatten(1).sum(1), found[name])
+        return found
 
     def cosine(self, gradient: Tensors) -> Tensor:
         """Return 1 minus the cosine of the angle to the nearest gradient inside the intervals, 1 if either is zero.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -17,10 +17,8 @@ from privet.seeds import generator
 
 CONVERGED = {torch.float32: 1e-11, torch.float64: 1e-22}  # relative distances that rounding leaves
 POINTS = 50  # of a history
-GUESSES, COARSE = (
-    4,
-    (4, 4),
-)  # random images that distances are compared with, and the grid that they are drawn on
+GUESSES, COARSE = 4, (4, 4)  # random images that distances are compared with, and the grid they are drawn on
+ROUNDINGS = 1e4  # a tensor that random images change by less than so many roundings is not heard
 HUGE = 1e30  # stands for infinity in a history
 # What a member's end begins with if it came to numbers that are not finite.
 FAILED = "failed: "
@@ -108,17 +106,25 @@ class Problem:
 
 
 @torch.no_grad()
-def ignorance(problem: Problem) -> Tensor:
-    """Return the distance that random images leave, on average, (members,).
+def calibrated(problem: Problem) -> Problem:
+    """Return the problem with distances in units of what random images leave, over tensors that tell images apart.
 
-    It is what there is to gain. The size of the gradient is not: nearly all of it may say nothing of the image, as in
-    deep networks, whose last layer has a gradient a million times that of the first.
+    What random images leave is what there is to gain. The size of the gradient is not: nearly all of a deep network's
+    may lie in tensors that hardly depend on the image, such as a last layer behind saturated units. Rounding changes them
+    more than images do, and drowns what the others tell; such tensors are not heard.
     """
-    total = torch.zeros_like(problem.evidence.floor)
+    evidence = problem.evidence
+    left = dict.fromkeys(evidence.low, torch.zeros_like(evidence.floor))
     for number in range(GUESSES):
         x, y = guess(problem, number)
-        total += problem.evidence.distance(problem.client.gradient(x, y))
-    return torch.where(total > 0, total / GUESSES, 1.0)
+        for name, distance in evidence.distances(problem.client.gradient(x, y)).items():
+            left[name] = left[name] + distance / GUESSES
+    size = evidence.distances({name: torch.zeros_like(value) for name, value in evidence.low.items()})
+    least = (ROUNDINGS * torch.finfo(evidence.floor.dtype).eps) ** 2
+    noisy = evidence.temperature > 0
+    heard = {name: ((value >= least * size[name]) | noisy).to(value) for name, value in left.items()}
+    unit = sum((heard[name] * left[name] for name in left), torch.zeros_like(evidence.floor))
+    return replace(problem, evidence=replace(evidence, heard=heard), unit=torch.where(unit > 0, unit, 1.0))
 
 
 def guess(problem: Problem, number: int) -> tuple[Tensor, Tensor]:
