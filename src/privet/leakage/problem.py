@@ -110,8 +110,8 @@ def calibrated(problem: Problem) -> Problem:
     """Return the problem with distances in units of what random images leave, over tensors that tell images apart.
 
     What random images leave is what there is to gain. The size of the gradient is not: nearly all of a deep network's
-    may lie in tensors that hardly depend on the image, such as a last layer behind saturated units. Rounding changes them
-    more than images do, and drowns what the others tell; such tensors are not heard.
+    may lie in tensors that hardly depend on the image, such as a last layer behind saturated units. Rounding changes
+    them more than images do, and drowns what the others tell; such tensors are not heard.
     """
     evidence = problem.evidence
     left = dict.fromkeys(evidence.low, torch.zeros_like(evidence.floor))

@@ -204,13 +204,21 @@ def restored(arrays: Arrays, model: Arrays) -> Arrays:
     }
 
 
-def wire_bytes(message: Message) -> int:
-    """Return how many bytes Flower moves for a message: its objects, and what addresses them."""
-    own = REPLY_BYTES if message.metadata.reply_to_message_id else REQUEST_BYTES
+def request_bytes(message: Message) -> int:
+    """Return how many bytes Flower moves for a request: its objects, and what addresses them."""
+    return REQUEST_BYTES + _wire_bytes(message)
+
+
+def reply_bytes(message: Message) -> int:
+    """Return how many bytes Flower moves for a reply."""
+    return REPLY_BYTES + _wire_bytes(message)
+
+
+def _wire_bytes(message: Message) -> int:
     if not message.has_content():
-        return own + len(message.error.reason or "")
+        return len(message.error.reason or "")
     sizes = list(_objects(message.content))
-    return own + OBJECT_BYTES * (1 + len(sizes)) + sum(sizes)
+    return OBJECT_BYTES * (1 + len(sizes)) + sum(sizes)
 
 
 def receipt_bytes(reply: Message) -> int:

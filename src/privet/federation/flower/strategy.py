@@ -28,10 +28,11 @@ from privet.federation.flower.link import (
     packed,
     receipt_bytes,
     record_of,
+    reply_bytes,
+    request_bytes,
     restored,
     schema_of,
     unpack,
-    wire_bytes,
 )
 from privet.federation.flower.mod import NEED_MODEL, USUAL
 from privet.federation.law import Law
@@ -231,7 +232,7 @@ class CodecStrategy(Strategy):
             for node in nodes
             if node not in self.known
         ]
-        self.rounds[-1].down += sum(map(wire_bytes, new))
+        self.rounds[-1].down += sum(map(request_bytes, new))
         names = {node.name for key, node in self.known.items() if key in nodes}
         for reply in sorted(grid.send_and_receive(new, timeout=GREETING) if new else (), key=_source):
             self._arrived(reply)
@@ -281,7 +282,7 @@ class CodecStrategy(Strategy):
                 )
             )
             self._asked[to.dst_node_id] = node.name
-        self.rounds[-1].down += sum(map(wire_bytes, sent))
+        self.rounds[-1].down += sum(map(request_bytes, sent))
         return sent
 
     def _open(self, reply: Message, server_round: int) -> tuple[Message, Update, Law | None, int]:
@@ -320,7 +321,7 @@ class CodecStrategy(Strategy):
                 log.log(WARNING, "Flower says: %s", reply.error.reason)
 
     def _arrived(self, reply: Message) -> None:
-        self.rounds[-1].up += wire_bytes(reply)
+        self.rounds[-1].up += reply_bytes(reply)
         self.rounds[-1].down += receipt_bytes(reply)
 
     def _check(self, reply: Message) -> None:
