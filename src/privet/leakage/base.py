@@ -222,7 +222,12 @@ class Inversion(ABC):
                 name: torch.stack([one[name] for one in moments]).to(device, dtype) for name in moments[0]
             },
         )
-        return calibrated(problem)
+        return calibrated(problem, selective=self._selective)
+
+    @property
+    def _selective(self) -> bool:
+        """Whether tensors that hardly depend on the image are left out of distances."""
+        return True
 
     @abstractmethod
     def _solve(self, problem: Problem, report: Callable[[int], None], job: Job) -> Solved:

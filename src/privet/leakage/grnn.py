@@ -37,7 +37,8 @@ class GRNN(Descent):
 
     Deviations, which the preset "faithful" takes back:
 
-    - S is relative to what random images leave of it, so settings mean the same for every network;
+    - S is relative to what random images leave of it, so settings mean the same for every network, and tensors
+      that hardly depend on the image are left out (problem.py);
     - the generator has half the width: as good, and cheaper;
     - what the first layer makes of the inputs is fitted itself, not that layer's weights: for a single
       image the steps are the same, for 1/128 of the numbers, and images of a batch share less;
@@ -54,7 +55,7 @@ class GRNN(Descent):
         width: channels of the last block; 32 in the code.
         learning_rate: of RMSprop with momentum 0.99, whose steps are 100 times as long.
         smoothing: weight of the squared total variation.
-        relative: whether S is relative; else it is absolute, as released.
+        relative: whether S is relative and selective; else it is absolute and of all tensors, as released.
         keep: "best" or "last" iterate.
         coded: whether what the first layer makes of the inputs is fitted; else its weights, as released.
         polish: line searches over the pixels at the end; none under noise.
@@ -171,6 +172,10 @@ class GRNN(Descent):
             ],
             history=[*solved.history, *((self.steps + step, row) for step, row in better.history[1:])],
         )
+
+    @property
+    def _selective(self) -> bool:
+        return self.relative
 
     @property
     def _keeps_last(self) -> bool:

@@ -106,12 +106,12 @@ class Problem:
 
 
 @torch.no_grad()
-def calibrated(problem: Problem) -> Problem:
+def calibrated(problem: Problem, *, selective: bool) -> Problem:
     """Return the problem with distances in units of what random images leave, over tensors that tell images apart.
 
     What random images leave is what there is to gain. The size of the gradient is not: nearly all of a deep network's
     may lie in tensors that hardly depend on the image, such as a last layer behind saturated units. Rounding changes
-    them more than images do, and drowns what the others tell; such tensors are not heard.
+    them more than images do, and drowns what the others tell; such tensors are not heard if it is to be `selective`.
     """
     evidence = problem.evidence
     left = dict.fromkeys(evidence.low, torch.zeros_like(evidence.floor))
@@ -121,8 +121,8 @@ def calibrated(problem: Problem) -> Problem:
             left[name] = left[name] + distance / GUESSES
     size = evidence.distances({name: torch.zeros_like(value) for name, value in evidence.low.items()})
     least = (ROUNDINGS * torch.finfo(evidence.floor.dtype).eps) ** 2
-    noisy = evidence.temperature > 0
-    heard = {name: ((value >= least * size[name]) | noisy).to(value) for name, value in left.items()}
+    always = (evidence.temperature > 0) | (not selective)  # added noise is more than rounding
+    heard = {name: ((value >= least * size[name]) | always).to(value) for name, value in left.items()}
     unit = sum((heard[name] * left[name] for name in left), torch.zeros_like(evidence.floor))
     return replace(problem, evidence=replace(evidence, heard=heard), unit=torch.where(unit > 0, unit, 1.0))
 
