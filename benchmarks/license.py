@@ -2,6 +2,10 @@
 
     python benchmarks/license.py --small    CIFAR-10, 5,000 images, small networks: about two hours of a core for each
 
+lock-again is a locked release of another key, on which every recovery that is not dear and more pairs are tried, with
+one seed; recoveries that denoise are tried if --prior names a prior. Of uge, which so far protected nothing, nothing is
+tried beyond plain training, imitation and the freedom of the licensee.
+
 Releases, licences and audits are kept in --work and go on where they were stopped. What an audit found goes to
 results/license-NAME.json, with the hardware, and all of them together to results/license-small.md and .png. The
 data are Parquet in the hub's layout, found by --data or in the folder that PRIVET_DATA names.
@@ -33,11 +37,27 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 IMAGES, TEST = 5000, 2000
 WORDS = "a benchmark's"
-# Method and settings; releases have the construction's name.
-CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lock": ("lock", {}),
-    "keyed-em": ("keyed-em", {}),
-    "keyed-em-4": ("keyed-em", {"group": 4}),
+RECOVERIES = (
+    "jpeg-10",
+    "grayscale",
+    "versions",
+    "projection",
+    "bitdepth-2",
+    "blur-1",
+    "coin",
+    "ueraser-lite",
+)
+# Method, its settings, and what is planned otherwise; releases have the construction's name, and a key of their own.
+CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lock": ("lock", {}, {}),
+    "lock-again": (
+        "lock",
+        {},
+        {"seeds": (0,), "tries": 1, "recoveries": RECOVERIES, "pairs": (50, 500, 4000), "share": 0.0},
+    ),
+    "uge": ("uge", {}, {"recoveries": (), "share": 0.0}),
+    "keyed-em": ("keyed-em", {}, {}),
+    "keyed-em-4": ("keyed-em", {"group": 4}, {}),
 }
 RECIPE = {"architecture": "vgg11-w16", "epochs": 20}
 OTHERS = ("resnet10-w16",)
@@ -46,8 +66,8 @@ OTHERS = ("resnet10-w16",)
 class Bench:
     """Makes releases, and audits them."""
 
-    def __init__(self, data: Path, work: Path, device: str) -> None:
-        self.work, self.runtime = work, Runtime.find(device)
+    def __init__(self, data: Path, work: Path, device: str, prior: str | None) -> None:
+        self.work, self.runtime, self.prior = work, Runtime.find(device), prior
         self.clean, self.test = work / "license-clean", work / "license-test"
         self.images = open_images(data / "train.parquet", limit=IMAGES)
         test = open_images(data / "test.parquet", limit=TEST)
@@ -61,7 +81,7 @@ class Bench:
         """Return the vendor's own licence for a release that is made now, if it is not there."""
         out, path = self.work / f"license-{name}", self.vendor.folder / f"{name}.licence"
         if not path.exists():
-            method, settings = CONSTRUCTIONS[name]
+            method, settings, _ = CONSTRUCTIONS[name]
             protect(
                 self.images,
                 self.vendor,
@@ -79,11 +99,11 @@ class Bench:
     def audit(self, name: str, *, seeds: int, workers: int) -> dict[str, Any]:
         """Return what the audit of a release says."""
         licence = self.licence(name)
-        plan = LicencePlan(
-            architectures=(str(RECIPE["architecture"]), *OTHERS),
-            seeds=tuple(range(seeds)),
-            learner=licence.learner(),
-        )
+        own = {**CONSTRUCTIONS[name][2], "prior": self.prior}
+        if self.prior is not None and own.get("recoveries"):
+            own["recoveries"] += ("purify",)
+        settings = {"architectures": (str(RECIPE["architecture"]), *OTHERS), "seeds": tuple(range(seeds))}
+        plan = LicencePlan(**{**settings, **own}, learner=licence.learner())
         out = self.work / f"license-{name}-audit"
         found = audit_licence(
             self.work / f"license-{name}",
@@ -179,13 +199,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for what is made")
     parser.add_argument("--seeds", type=int, default=3, help="learners of each kind")
+    parser.add_argument("--prior", help="a prior of other images, for recoveries that denoise")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, help="learners at a time (default: the cores, or 1 on a GPU)")
     chosen = parser.parse_args()
     data = chosen.data or Path(os.environ.get("PRIVET_DATA", "")) / "cifar10"
     if not (data / "train.parquet").exists():
         sys.exit(f"There is no {data / 'train.parquet'}; name its folder with --data, or set PRIVET_DATA.")
-    bench = Bench(data, chosen.work, chosen.device)
+    bench = Bench(data, chosen.work, chosen.device, chosen.prior)
     gpu = bench.runtime.device.type == "cuda"
     for name in chosen.only:
         report = bench.audit(

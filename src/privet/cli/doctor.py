@@ -15,6 +15,7 @@ from privet.errors import OK, MissingExtraError
 
 EXTRAS = {
     "timm": ("timm", "networks by timm's names"),
+    "transformers": ("transformers", "pretrained vision models from a folder"),
     "diffusers": ("diffusion", "purification by diffusion"),
     "flwr": ("federation", "federated learning on Flower"),
     "numba": ("federation", "compiled codecs of federated updates"),

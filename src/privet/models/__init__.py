@@ -8,13 +8,14 @@ last layer is SimCLR's projection head instead.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from privet.errors import MissingExtraError, UsageError
-from privet.models import cnn, densenet, lenet, mobilenetv2, resnet, vgg, vit
+from privet.models import cnn, densenet, lenet, mobilenetv2, resnet, transformers_vision, vgg, vit
 from privet.models.blocks import Scaled, relu
 from privet.models.keyed_stem import KeyedStem
 from privet.models.projection import PREFIX, with_projection
@@ -26,6 +27,7 @@ __all__ = [
     "SavedModel",
     "create_model",
     "family",
+    "is_pretrained",
     "load_backbone",
     "load_model",
     "save_model",
@@ -56,18 +58,19 @@ ARCHITECTURES: tuple[str, ...] = (
 
 
 def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 0) -> nn.Module:
-    """Build a network with freshly initialised weights.
+    """Build a network with freshly initialised weights, or a pretrained one with a fresh last layer.
 
     Args:
-        name: one of `ARCHITECTURES`, with `-wN` behind it for another width, or `timm:NAME`; `simclr:`
-            before any of them for its encoder with a projection head.
+        name: one of `ARCHITECTURES`, with `-wN` behind it for another width, `timm:NAME`, or `transformers:FOLDER`
+            for a pretrained vision model; `simclr:` before any of them for its encoder with a projection head.
         classes: number of outputs.
         size: height and width of the images in pixels.
         seed: of the initial weights.
 
     Raises:
         UsageError: no such network, or none that can have a projection head.
-        MissingExtraError: a timm network, and timm is not installed.
+        InputError: a folder without a model of transformers.
+        MissingExtraError: a network of timm or transformers, and the library is not installed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,6 +79,10 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
             return with_projection(encoder)
         if name.startswith("timm:"):
             return _timm(name.removeprefix("timm:"), classes=classes, size=size)
+        if is_pretrained(name):
+            return transformers_vision.build(
+                Path(name.removeprefix(transformers_vision.PREFIX)), classes=classes
+            )
         base, width = _split(name)
         stem = "imagenet" if base.endswith("-imagenet") else "3x3"
         if stem == "imagenet":
@@ -104,6 +111,11 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
         return Scaled(network)
 
 
+def is_pretrained(name: str) -> bool:
+    """Say whether the network of this name has learned something before."""
+    return name.startswith(transformers_vision.PREFIX)
+
+
 def family(name: str) -> str:
     """Return the kind of network that a name stands for, whatever its depth, width and head."""
     name = name.removeprefix(PREFIX)
@@ -116,7 +128,7 @@ def _split(name: str) -> tuple[str, int | None]:
     if match is None or match.group(1) not in ARCHITECTURES:
         raise UsageError(
             f"Unknown architecture {name!r}. Known: {', '.join(ARCHITECTURES)}; "
-            "add -wN for another width (resnet8-w32), or write timm:NAME for one of timm's."
+            "add -wN for another width (resnet8-w32), or write timm:NAME for one of timm's, or transformers:FOLDER."
         )
     return match.group(1), int(match.group(2)) if match.group(2) else None
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
-from privet.learning.probe import features
+from privet.learning.probe import features, probe, with_probe
 from privet.learning.runtime import Runtime
 from privet.learning.train import Learner, learn
+from privet.models import create_model, is_pretrained
 from privet.models.projection import other_head
 from privet.seeds import derive
 
@@ -125,12 +126,19 @@ class FeatureSpace:
 def train_space(images: ImageSet, learner: Learner, *, number: int, job: Job) -> FeatureSpace:
     """Train an encoder on the original images, with labels or (`simclr:`) without, and fit its feature space.
 
+    A pretrained encoder (`transformers:FOLDER`) stays as it is, with a linear probe as its last layer.
+
     Args:
         images: the originals.
         learner: the encoder and how it is trained; one without labels gets a linear probe as its last layer.
         number: of the encoder.
         job: where and how; with a workspace, a killed run goes on.
     """
+    if is_pretrained(learner.architecture):
+        model = create_model(learner.architecture, classes=images.classes, size=images.size)
+        model = job.runtime.place(model.eval().requires_grad_(False))
+        layer, _ = probe(model, images, runtime=job.runtime)
+        return FeatureSpace.fit(with_probe(model, layer.requires_grad_(False)), images, job)
     learned = learn(
         images,
         images.subset(list(range(0, len(images), -(-len(images) // TEST)))),
