@@ -92,7 +92,7 @@ def rows() -> list[Row]:
         *(Row(data="mnist-10k", batch=8, attack=name) for name in ("grnn", "ig")),
         Row(data="mnist-10k", batch=8, attack="grnn-long", victims=5),
         *(Row(batch=4, attack=name) for name in ("grnn", "ig")),
-        *(Row(target="resnet18-sigmoid", attack=name, victims=5, together=2) for name in ("grnn", "ig")),
+        *(Row(target="resnet18-sigmoid", attack=name, victims=4, together=2) for name in ("grnn", "ig")),
         *(Row(target="lenet-strided", attack=name) for name in ("grnn", "ig")),
     ]
 
