@@ -31,10 +31,7 @@ STEPS = (-36, -32, -28, -24, -20)  # NNCodec's parameter of quantisation: higher
 
 def rival() -> Any:
     """Return NNCodec's module for networks."""
-    for name in (
-        "nms",
-        "qnms",
-    ):  # which torchvision asks for when it is imported, and a CPU build of torch lacks
+    for name in ("nms", "qnms"):  # torchvision asks for them on import, and a CPU build of torch lacks them
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
     from nncodec import nn
