@@ -46,7 +46,7 @@ from privet.federation import fast as module
 from privet.federation.inspection import WORDS, Inspection
 from privet.federation.wire import Section
 from privet.files import write_bytes, write_json
-from updates import RECIPES, recorded
+from updates import RECIPES, error, recorded
 
 HERE = Path(__file__).parent
 REPEATS, SECONDS = 7, 3.0  # at most, of each timing
@@ -106,8 +106,6 @@ def measure(
 ) -> dict[str, Any]:
     """Return one row: size, error, and speed with whatever state the codec keeps."""
     blob = codec.encode(update, schema=schema, budget=budget)
-    values, _ = schema.flatten(update)
-    told, _ = schema.flatten({**update, **decode(blob, schema)})
     inspection = inspect(blob, schema)
     state = SenderState()
 
@@ -122,9 +120,7 @@ def measure(
         "bytes": len(blob),
         "bits a value": 8 * len(blob) / schema.size,
         "times smaller than float32": 4 * sum(array.size for array in update.values()) / len(blob),
-        "normalised squared error": float(
-            np.sum((told - values) ** 2, dtype=float) / np.sum(values**2, dtype=float)
-        ),
+        "normalised squared error": error(decode(blob, schema), update, schema),
         "of independent entropy": of_entropy(inspection),
         "parts": {part.what: part.bytes for part in inspection.parts},
         "encode MB/s": megabytes / best(encode),

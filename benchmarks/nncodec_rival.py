@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 
 from privet.federation import DHQ, DeadZone, Schema, decode
 from privet.files import write_bytes
-from updates import recorded
+from updates import error, recorded
 
 HERE = Path(__file__).parent
 NETWORKS = ("mlp", "lenet", "resnet8-w32")
@@ -39,23 +39,17 @@ def rival() -> Any:
     return nn
 
 
-def error(told: Mapping[str, Any], update: Mapping[str, Any], schema: Schema) -> float:
-    """Return the squared error of the compressed values, relative to their squares."""
-    values, _ = schema.flatten(update)
-    found, _ = schema.flatten({**update, **{name: told[name].astype(update[name].dtype) for name in told}})
-    return float(np.sum((found - values) ** 2, dtype=float) / np.sum(values**2, dtype=float))
-
-
 def rows(name: str, data: Path) -> list[str]:
     """Measure one network's update."""
     update = recorded(name, data, HERE / "work")
     schema = Schema.of(update)
     floats = {key: value for key, value in update.items() if value.dtype == np.float32 and value.ndim}
     lines = []
-    rival().encode({"few": np.ones((16, 16), np.float32)}, args={"verbose": False})  # what happens once
+    scrap = {"results": tempfile.mkdtemp(), "verbose": False}  # it writes files beside what it returns
+    rival().encode({"few": np.ones((16, 16), np.float32)}, args=scrap)  # what happens once
     for step in STEPS:
         started = time.process_time()
-        theirs = rival().encode(floats, args={"qp": step, "nonweight_qp": step, "verbose": False})
+        theirs = rival().encode(floats, args={**scrap, "qp": step, "nonweight_qp": step})
         spent = time.process_time() - started
         ours = DHQ(quantiser=DeadZone()).encode(update, schema=schema, budget=f"{len(theirs)}B")
         errors = [error(told, update, schema) for told in (rival().decode(theirs), decode(ours, schema))]

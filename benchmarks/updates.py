@@ -6,7 +6,9 @@ few local epochs on images whose classes are drawn from a Dirichlet distribution
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +17,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from privet.federation import Schema
 from privet.images import ImageSet, open_images
 from privet.models import create_model
 from privet.seeds import derive, generator
 
 Update = dict[str, NDArray[np.generic]]
+
+
+def error(told: Mapping[str, NDArray[Any]], update: Mapping[str, NDArray[Any]], schema: Schema) -> float:
+    """Return the squared error of the compressed values, relative to their squares."""
+    values, _ = schema.flatten(update)
+    found, _ = schema.flatten({**update, **{name: told[name].astype(update[name].dtype) for name in told}})
+    return float(np.sum((found - values) ** 2, dtype=float) / np.sum(values**2, dtype=float))
+
 
 # Name, images and epochs of the server's model, images and epochs of the client.
 RECIPES = {
