@@ -2,8 +2,8 @@
 
     python benchmarks/license.py --small    CIFAR-10, 5,000 images, small networks: about two hours of a core for each
 
-lock-again is a locked release of another key, on which further recoveries, those that are not dear, and more pairs
-are tried, with one seed; one that denoises is tried if --prior names a prior. Of uge, which so far protected nothing,
+lock-again is a locked release of another key, on which further recoveries and more pairs are tried, with one seed;
+those that denoise are tried if --prior names a prior. Of uge, which so far protected nothing,
 nothing is tried beyond plain training, imitation and the freedom of the licensee.
 
 Releases, licences and audits are kept in --work and go on where they were stopped. What an audit found goes to
@@ -37,7 +37,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 IMAGES, TEST = 5000, 2000
 WORDS = "a benchmark's"
-RECOVERIES = ("projection", "bitdepth-2", "blur-1", "coin", "ueraser-lite")
+RECOVERIES = ("projection", "bitdepth-2", "blur-1", "coin", "ueraser-lite", "adversarial-8", "dvae-16")
+DENOISING = ("purify", "avatar", "jcdp")
 # Method, its settings, and what is planned otherwise; releases have the construction's name, and a key of their own.
 CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lock": ("lock", {}, {}),
@@ -92,7 +93,7 @@ class Bench:
         licence = self.licence(name)
         own = {**CONSTRUCTIONS[name][2], "prior": self.prior}
         if self.prior is not None and own.get("recoveries"):
-            own["recoveries"] += ("purify",)
+            own["recoveries"] += DENOISING
         settings = {"architectures": (str(RECIPE["architecture"]), *OTHERS), "seeds": tuple(range(seeds))}
         plan = LicencePlan(**{**settings, **own}, learner=licence.learner())
         out = self.work / f"license-{name}-audit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.conftest import blobs
 from privet.errors import InputError, MissingExtraError
 from privet.learning import Job, Learner, Runtime
 from privet.models import create_model, family
+from privet.protection import UGE
 from privet.protection.feature_space import train_space
 
 SMALL: dict[str, Any] = {
@@ -41,6 +43,23 @@ def folder_of(kind: str, path: Path) -> Path:
     told = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
     (path / "preprocessor_config.json").write_text(json.dumps(told))
     return path
+
+
+def test_a_record_names_an_encoder_by_what_it_computes_with_not_by_its_place(tmp_path: Path) -> None:
+    folder = folder_of("vit", tmp_path / "here")
+    shutil.copytree(folder, moved := tmp_path / "elsewhere")
+    (moved / "notes.md").write_text("of no effect")
+
+    def recorded(place: Path) -> Any:
+        (name,) = UGE(key=bytes(range(32)), encoders=(f"transformers:{place}",)).settings()["encoders"]
+        assert str(place) not in name
+        return name
+
+    assert recorded(folder) == recorded(moved)
+    for file in ("preprocessor_config.json", "model.safetensors"):
+        before = recorded(moved)
+        (moved / file).write_bytes((moved / file).read_bytes() + b" ")
+        assert recorded(moved) != before
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip"])

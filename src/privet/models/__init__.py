@@ -30,6 +30,7 @@ __all__ = [
     "is_pretrained",
     "load_backbone",
     "load_model",
+    "placeless",
     "save_model",
 ]
 
@@ -114,6 +115,14 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
 def is_pretrained(name: str) -> bool:
     """Say whether the network of this name has learned something before."""
     return name.startswith(transformers_vision.PREFIX)
+
+
+def placeless(name: str) -> str:
+    """Return the name by which a network is recorded: of a pretrained one the hash, not the folder."""
+    if not is_pretrained(name):
+        return name
+    folder = Path(name.removeprefix(transformers_vision.PREFIX))
+    return transformers_vision.PREFIX + transformers_vision.fingerprint(folder)
 
 
 def family(name: str) -> str:

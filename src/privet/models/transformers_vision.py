@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.errors import InputError, MissingExtraError
-from privet.files import read_json
+from privet.files import read_json, sha256
 
 PREFIX = "transformers:"
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model*.safetensors"
@@ -102,3 +102,16 @@ def build(folder: Path, *, classes: int) -> TransformersVision:
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder} holds no vision model that transformers can load: {reason}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the hash of what an encoder computes with, which tells encoders apart wherever they lie.
+
+    Raises:
+        InputError: a file of it cannot be read.
+    """
+    files = [folder / CONFIG, folder / PREPROCESSOR, *sorted(folder.glob(WEIGHTS))]
+    try:
+        return sha256("".join(sha256(file.read_bytes()) for file in files if file.is_file()).encode())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}.") from error

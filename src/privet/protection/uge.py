@@ -16,6 +16,7 @@ from privet.images.image_set import ImageSet
 from privet.learning.chunks import CHUNK
 from privet.learning.job import Job
 from privet.learning.train import Learner
+from privet.models import placeless
 from privet.protection.authorised import derangement, initial_weights
 from privet.protection.base import Bounded, Perturb
 from privet.protection.feature_space import train_space
@@ -158,11 +159,12 @@ class UGE(Keyed, Bounded):
             raise UsageError("uge needs a positive tolerance and step_size, and weights of at least 0.")
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting by name, as `Keyed` does."""
-        return {
+        """Return every setting by name, as `Keyed` does; pretrained encoders by their hash."""
+        known = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in super().settings().items()
         }
+        return {**known, "encoders": [placeless(name) for name in self.encoders]}
 
     def networks(self, images: ImageSet) -> list[nn.Module]:
         """Return the authorised networks as they start; what a licensee gets, saved with `save_model`."""
