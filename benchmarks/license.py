@@ -145,36 +145,30 @@ def markdown(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def front(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw what the licensee of each construction reaches, against plain training and the best of everybody else."""
+    """Draw what the licensee of each construction loses, against plain training and the best of everybody else."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 4.4))
+        figure, axis = plt.subplots(figsize=(8.0, 4.4))
         main = str(RECIPE["architecture"])
         for place, (name, report) in enumerate(reports.items()):
             verdict, colour = report["verdict"], f"C{place}"
+            clean = verdict["clean"]
             plain = max(
                 value
                 for row in report["rows"]
                 if (row["who"], row["architecture"]) == (PLAIN, main)
                 for value in row["peak"]["values"]
             )
-            y = 100 * verdict["licensee"]
-            axis.plot([100 * plain, 100 * verdict["hacker"]], [y, y], color=colour, linewidth=0.8)
-            axis.scatter([100 * plain], [y], color=colour, marker="o", label=f"{name}: plain training")
-            axis.scatter(
-                [100 * verdict["hacker"]],
-                [y],
-                color=colour,
-                marker="x",
-                label=f"{name}: {verdict['strongest']}",
-            )
-        clean = 100 * max(report["verdict"]["clean"] for report in reports.values())
-        axis.axhline(clean - 100 * COST, color="#333333", linewidth=0.9)
-        axis.axvline(clean - 100 * GAP, color="#333333", linewidth=0.9, linestyle=(0, (1, 1.5)))
-        axis.set_xlabel("best epoch of anybody else, accuracy in %")
-        axis.set_ylabel("licensee, accuracy in %")
-        axis.set_xlim(0, 100)
-        axis.set_ylim(clean - 20, clean + 5)
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
+            lost = [100 * (clean - accuracy) for accuracy in (plain, verdict["hacker"])]
+            y = [100 * (clean - verdict["licensee"])] * 2
+            axis.plot(lost, y, color=colour, linewidth=0.8)
+            axis.scatter(lost[:1], y[:1], color=colour, marker="o", label=f"{name}: plain training")
+            axis.scatter(lost[1:], y[1:], color=colour, marker="x", label=f"{name}: {verdict['strongest']}")
+        axis.axhline(100 * COST, color="#333333", linewidth=0.9)
+        axis.axvline(100 * GAP, color="#333333", linewidth=0.9, linestyle=(0, (1, 1.5)))
+        axis.set_xlabel("points that anybody else loses at their best epoch")
+        axis.set_ylabel("points that the licensee loses")
+        axis.invert_yaxis()
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
         figure.savefig(path, dpi=130)
         plt.close(figure)
