@@ -283,7 +283,7 @@ def test_rounds_that_do_not_go_down_are_refused(settings: dict[str, Any]) -> Non
 
 
 def test_the_rounds_of_purify_are_in_its_name(folder: Path, runtime: Runtime) -> None:
-    for name, rounds in (("purify-1", 1), ("purify", 2), ("purify-3", 3)):
+    for name, rounds in (("purify-1", 1), ("purify", 2), ("purify-3", 3), ("purify-gently", 4)):
         recovery = create_recovery(name, prior=str(folder))
         assert (recovery.name, needs_prior(f"{name}+grayscale")) == (name, True)
         job = Job(runtime=runtime)

@@ -112,7 +112,7 @@ def describe(recovery: str) -> str:
         "bitdepth": f"{number} bits a channel",
         "blur": f"a blur of {number} px",
         "projection": "orthogonal projection",
-        "purify": "purification by a diffusion prior",
+        "purify": f"{'gentle ' if number == 'gently' else ''}purification by a diffusion prior",
         "jcdp": "JCDP (learnable examples)",
         "avatar": "AVATAR",
         "versions": "several versions of each image",

@@ -66,7 +66,7 @@ def protection(
     recoveries
         What is tried against the protection, with commas between: none, jpeg-QUALITY, grayscale,
         bitdepth-BITS, blur-SIGMA, projection, coin, dvae, adversarial-RADIUS, ueraser, ueraser-lite, ueraser-max,
-        versions; purify, jcdp, avatar with --prior; or several joined by +.
+        versions; purify, purify-gently, jcdp, avatar with --prior; or several joined by +.
         Default: none,jpeg-10,jpeg-50,jpeg-75,grayscale,versions,adversarial-4.
     architectures
         Networks of the learners, with commas between; simclr:NAME for one that learns without labels.

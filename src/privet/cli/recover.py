@@ -34,8 +34,8 @@ def recover(
     out
         New folder for the recovered images, manifest.jsonl and run.json.
     method
-        purify (purify-1: one round), jcdp, avatar (with a prior), jpeg-QUALITY, grayscale, bitdepth-BITS,
-        blur-SIGMA, projection, coin, dvae (dvae-16 on processors); or several joined by +, as in
+        purify (purify-1: one round), purify-gently, jcdp, avatar (with a prior), jpeg-QUALITY, grayscale,
+        bitdepth-BITS, blur-SIGMA, projection, coin, dvae (dvae-16 on processors); or several joined by +, as in
         purify-1+grayscale; versions, which writes each image as several of them leave it; or auto, which tries some on
         a part of the images and chooses. docs/methods.md says what each does.
     prior

@@ -62,7 +62,12 @@ PLAIN: dict[str, Callable[[], Recovery]] = {
     "ueraser-lite": lambda: UEraser(draws=1),
     "ueraser-max": lambda: UEraser(share=1.0),
 }
-WITH_PRIOR: dict[str, Callable[[str], Recovery]] = {"purify": Purify, "jcdp": JCDP, "avatar": AVATAR}
+WITH_PRIOR: dict[str, Callable[[str], Recovery]] = {
+    "purify": Purify,
+    "purify-gently": Purify.gently,
+    "jcdp": JCDP,
+    "avatar": AVATAR,
+}
 # Name, what makes it of its number, and the range of the number.
 NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
     "jpeg": (lambda quality: JPEG(int(quality)), 1, 100),
@@ -110,7 +115,7 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
                 f"{name} needs a prior: train one on unprotected images with 'privet prior train', and name its "
                 "folder with --prior."
             )
-        return Purify(prior, rounds=int(number)) if number else WITH_PRIOR[name](prior)
+        return WITH_PRIOR[name](prior) if name in WITH_PRIOR else Purify(prior, rounds=int(number))
     if name in PLAIN:
         return PLAIN[name]()
     if kind in NUMBERED and re.fullmatch(r"\d{1,3}" if kind in WHOLE else r"\d{1,3}(\.\d+)?", number):

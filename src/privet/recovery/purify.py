@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from privet.recovery.perceptual import perceptual_gradient
 from privet.recovery.prior import Prior
 
 ROUNDS = 2
+# Levels and rounds that take off what JCDP takes off, and leave more of the image than the defaults.
+GENTLY = (30, 15), 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,15 @@ class Purify(DiffusionRecovery):
 
     @property
     def name(self) -> str:
+        if (self.levels, self.rounds) == GENTLY:
+            return "purify-gently"
         return "purify" if self.rounds == ROUNDS else f"purify-{self.rounds}"
+
+    @classmethod
+    def gently(cls, prior: str) -> Self:
+        """Return it with low levels and many rounds: 8 evaluations, for noise that varies quickly in an image."""
+        levels, rounds = GENTLY
+        return cls(prior, levels=levels, rounds=rounds)
 
     def _change(self, images: ImageSet, job: Job) -> Change:
         runtime = job.runtime
