@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,9 +28,9 @@ import torch
 
 from privet.files import append_line, read_lines, write_bytes, write_json
 from privet.images import ImageSet, align, open_images
-from privet.learning import Job, Learner, Runtime, learn
+from privet.learning import Job, Learner, Runtime, accuracy, learn
 from privet.protection import METHODS, publish
-from privet.recovery import JCDP, PriorTraining, Purify, create_recovery, restore, train_prior
+from privet.recovery import JCDP, PriorTraining, Purify, Versions, create_recovery, restore, train_prior
 from privet.recovery.base import Recovery
 from protect import Lines, entry, hardware, machines
 
@@ -47,12 +47,13 @@ class Table:
         data: folder of train.parquet and test.parquet.
         images: how many are protected, the first of the training images.
         reference: how many images after those the prior learns from.
-        test: test images used, or None for all.
+        watched: test images on which a learner is measured after every epoch, or None for all. After the last
+            epoch it is measured on all.
         preset: of the protections.
         protections: names; "clean" are the images as they are, on which a recovery shows what it costs.
         recoveries: names for `create_recovery`, or keys of `variants`; the dear ones last.
         once: more of them, measured with the first seed alone.
-        variants: recoveries with other settings than their names have.
+        variants: recoveries that have no name of their own, made with a prior.
         training: of the prior.
         learner: how every learner trains.
         seeds: of learners. Protections and recoveries have seed 0.
@@ -61,22 +62,27 @@ class Table:
     data: str
     images: int
     reference: int
-    test: int | None
+    watched: int | None
     preset: str
     protections: tuple[str, ...]
     recoveries: tuple[str, ...]
     once: tuple[str, ...] = ()
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, Callable[[str], Recovery]] = field(default_factory=dict)
     training: PriorTraining
     learner: Learner
     seeds: tuple[int, ...]
+
+
+def versions(prior: str, *names: str) -> Recovery:
+    """Return versions of each image as these recoveries leave it."""
+    return Versions(tuple(create_recovery(name, prior=prior) for name in names))
 
 
 SMALL = Table(
     data="cifar10",
     images=5000,
     reference=10_000,
-    test=2000,
+    watched=1000,
     preset="cpu",
     protections=(CLEAN, "em", "sem", "tap", "lsp", "ar", "ops"),
     recoveries=(
@@ -102,34 +108,46 @@ TABLES = {
         data="tiny-imagenet-20",
         images=4000,
         reference=6000,
-        test=None,
+        watched=None,
         protections=(CLEAN, "sem", "lsp"),
+        # As many pixels a step as of the smaller images.
+        training=PriorTraining(scale="tiny", steps=6000, batch_size=8, learning_rate=1e-3),
     ),
     "ablation": replace(
         SMALL,
-        protections=(CLEAN, "sem", "tap", "lsp", "ops"),
+        protections=(CLEAN, "em", "sem", "tap", "ops"),
         recoveries=(
-            "purify",
-            "one evaluation",
-            "one round",
-            "three rounds",
-            "higher levels",
-            "lower levels",
-            "eight evaluations",
+            "versions",
+            "versions without a prior",
+            "versions, purify-1",
+            "versions, no grayscale",
+            "purify-gently+grayscale",
+            "purify-gently",
             "pull",
             "ball",
             "perceptual",
+            "lower levels",
+            "two rounds",
+            "two evaluations",
+            "purify",
+            "one round",
+            "three rounds",
         ),
+        once=(),
         variants={
-            "one evaluation": {"levels": (100,), "rounds": 1},
-            "one round": {"rounds": 1},
-            "three rounds": {"rounds": 3},
-            "higher levels": {"levels": (150, 75)},
-            "lower levels": {"levels": (60, 30)},
-            "eight evaluations": {"levels": (100, 75, 50, 25)},
-            "pull": {"pull": 0.1},
-            "ball": {"ball": 12.0},
-            "perceptual": {"perceptual": 1.0},
+            "versions without a prior": lambda prior: create_recovery("versions"),
+            "versions, purify-1": lambda prior: versions(
+                prior, "jpeg-10", "jpeg-10+grayscale", "purify-1+grayscale"
+            ),
+            "versions, no grayscale": lambda prior: versions(prior, "jpeg-10", "purify-gently"),
+            "pull": lambda prior: replace(Purify.gently(prior), pull=0.1),
+            "ball": lambda prior: replace(Purify.gently(prior), ball=12.0),
+            "perceptual": lambda prior: replace(Purify.gently(prior), perceptual=1.0),
+            "lower levels": lambda prior: replace(Purify.gently(prior), levels=(20, 10)),
+            "two rounds": lambda prior: replace(Purify.gently(prior), rounds=2),
+            "two evaluations": lambda prior: replace(Purify.gently(prior), levels=(30,), rounds=2),
+            "one round": lambda prior: Purify(prior, rounds=1),
+            "three rounds": lambda prior: Purify(prior, rounds=3),
         },
         seeds=(0, 1),
     ),
@@ -137,7 +155,7 @@ TABLES = {
         SMALL,
         images=40_000,
         reference=10_000,
-        test=None,
+        watched=None,
         preset="paper",
         protections=(CLEAN, "em", "sem", "rem", "tap", "lsp", "ar", "ops", "cuda"),
         recoveries=(*SMALL.recoveries, "adversarial-8", "coin"),
@@ -176,10 +194,8 @@ class Bench:
         every = open_images(folder / "train.parquet", limit=self.table.images + self.table.reference)
         self.clean = every.subset(list(range(self.table.images)))
         self.reference = every.subset(list(range(self.table.images, len(every))))
-        self.test = align(
-            open_images(folder / "test.parquet", limit=self.table.test, size=self.clean.size),
-            self.clean.class_names,
-        )
+        self.test = align(open_images(folder / "test.parquet", size=self.clean.size), self.clean.class_names)
+        self.watched = self.test.subset(list(range(self.table.watched or len(self.test))))
         self.prior = work / f"{self.kind}-prior"
 
     def train_prior(self) -> None:
@@ -210,9 +226,9 @@ class Bench:
         return self._read(out), float(note.read_text()) if note.exists() else None
 
     def recovery(self, name: str) -> Recovery:
-        """Return a recovery, or ours with a variant's settings."""
+        """Return a recovery, or a variant of the table's."""
         if name in self.table.variants:
-            return replace(Purify(str(self.prior)), **self.table.variants[name])
+            return self.table.variants[name](str(self.prior))
         return create_recovery(name, prior=str(self.prior))
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
@@ -222,7 +238,7 @@ class Bench:
         checkpoint = self.work / f"{self.kind}-{cell.protection}-{cell.recovery}-{cell.seed}.safetensors"
         learned = learn(
             images,
-            recovery.present(self.test),
+            recovery.present(self.watched),
             recovery.adapt(self.table.learner),
             runtime=self.runtime,
             seed=cell.seed,
@@ -231,12 +247,13 @@ class Bench:
         checkpoint.unlink(missing_ok=True)
         return {
             "cell": asdict(cell),
-            "last": learned.accuracy,
+            "last": accuracy(learned.model, recovery.present(self.test), runtime=self.runtime),
             "best": learned.best.accuracy,
             "seconds": round(time.perf_counter() - started, 1),
             "recovery_seconds": seconds,
             "images": len(images),
             "test": len(self.test),
+            "watched": len(self.watched),
             "hardware": hardware(self.runtime.device, torch.get_num_threads()),
         }
 
@@ -318,7 +335,11 @@ def markdown(name: str, lines: Sequence[dict[str, Any]]) -> str:
         mean = sum(sum(one) / len(one) for one in means if one) / len(means) if all(means) else None
         row.append("not measured" if mean is None else f"{mean:.1f}")
         text.append(f"| {recovery} | " + " | ".join(row) + " |")
-    text += ["", "Last-epoch accuracy on clean test images in %, mean ± standard deviation (seeds)."]
+    tests = " and ".join(f"{count:,}" for count in sorted({line["test"] for line in lines}))
+    text += [
+        "",
+        f"Accuracy after the last epoch on {tests} clean test images, %: mean ± standard deviation (seeds).",
+    ]
     text += ["", machines(lines)]
     return "\n".join(text) + "\n"
 
@@ -333,7 +354,8 @@ def run_speed(data: Path, work: Path, device: str) -> None:
         "hardware": hardware(bench.runtime.device, torch.get_num_threads()),
     }
     prior = str(bench.prior)
-    for recovery in (Purify(prior), Purify.gently(prior), JCDP(prior), JCDP(prior, guide=0.0)):
+    ours = create_recovery("versions", prior=prior), Purify.gently(prior), Purify(prior)
+    for recovery in (*ours, JCDP(prior), JCDP(prior, guide=0.0)):
         name = recovery.name if not isinstance(recovery, JCDP) or recovery.guide else "jcdp without guidance"
         few = images.subset(list(range(32)))
         recovery.recover(few, Job(runtime=bench.runtime))  # whatever happens once
@@ -342,8 +364,9 @@ def run_speed(data: Path, work: Path, device: str) -> None:
         seconds = time.perf_counter() - started
         found[name] = {"seconds": round(seconds, 2), "images/s": round(len(images) / seconds, 2), **job.facts}
         print(f"{name}: {len(images) / seconds:.1f} images/s", flush=True)
-    for name in ("purify", "purify-gently"):
-        found[f"{name}: times as fast"] = round(found[name]["images/s"] / found["jcdp"]["images/s"], 2)
+    for recovery in ours:
+        ratio = found[recovery.name]["images/s"] / found["jcdp"]["images/s"]
+        found[f"{recovery.name}: times as fast"] = round(ratio, 2)
     write_json(RESULTS / "recover-speed.json", found)
 
 

@@ -39,7 +39,7 @@ def recover(
         purify-1+grayscale; versions, which writes each image as several of them leave it; or auto, which tries some on
         a part of the images and chooses. docs/methods.md says what each does.
     prior
-        For purify, jcdp and avatar, and for auto and versions to use purify too: a folder of 'privet prior train', or a
+        For purify, jcdp and avatar, and for auto and versions to denoise too: a folder of 'privet prior train', or a
         diffusion model of the hub.
     seed
         The same seed gives the same bytes.

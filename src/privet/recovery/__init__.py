@@ -81,7 +81,7 @@ WHOLE = ("jpeg", "bitdepth", "dvae")
 CANDIDATES = ("none", "jpeg-10", "projection", "projection+jpeg-50", "coin", "purify")
 
 # What `versions` are; the last one where there is a prior.
-VERSIONS = ("jpeg-10", "jpeg-10+grayscale", "purify-1+grayscale")
+VERSIONS = ("jpeg-10", "jpeg-10+grayscale", "purify-gently+grayscale")
 
 
 def needs_prior(name: str) -> bool:
