@@ -155,7 +155,11 @@ def test_versions_are_all_there_and_take_as_many_steps(runtime: Runtime, tmp_pat
         Versions((JPEG(10), JPEG(10)))
     with_prior = create_recovery("versions", prior="x")
     assert isinstance(with_prior, Versions)
-    assert [part.name for part in with_prior.parts] == ["jpeg-10", "jpeg-10+grayscale", "purify-gently+grayscale"]
+    assert [part.name for part in with_prior.parts] == [
+        "jpeg-10",
+        "jpeg-10+grayscale",
+        "purify-gently+grayscale",
+    ]
 
 
 def test_ueraser_changes_how_it_learns() -> None:
