@@ -17,7 +17,7 @@ from privet.seeds import generator
 
 HELD_OUT = 5  # every fifth image of the sample is not learned from
 FEWEST = 3  # images: two to learn from, one to be asked about
-# Some noise is learned late: files of AR teach this network something for 10 epochs, and mislead it after 20.
+# Some noise is learned late: files of AR teach this network something for 10 epochs, and mostly mislead it after 20.
 LEARNER = Learner(architecture="resnet10-w16", epochs=20)
 
 
