@@ -96,7 +96,7 @@ SMALL = Table(
         "jcdp",
         "avatar",
     ),
-    once=("purify", "purify-1+grayscale", "jpeg-10+grayscale", "purify+grayscale"),
+    once=("jpeg-10+grayscale",),
     training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=1e-3),
     learner=Learner(architecture="resnet10-w16", epochs=20),
     seeds=(0, 1, 2),
