@@ -16,10 +16,10 @@ from tests.images.test_write import shifted, tree
 from privet.audit import Cell, Plan, RunStore, run_audit
 from privet.errors import InputError, OutputError
 from privet.images import compare_all, open_images, pair, write_images
-from privet.learning import Learner, Runtime
+from privet.learning import Job, Learner, Runtime
 from privet.protection import AR, CUDA, EM, OPS, Protection, RandomNoise
 from privet.protection.publication import publish
-from privet.recovery import PriorTraining, train_prior
+from privet.recovery import VERSIONS, PriorTraining, create_recovery, train_prior
 from privet.report import write_report
 
 Make = Callable[..., Path]
@@ -66,6 +66,19 @@ def test_every_cell_is_run_on_files_and_kept(
     change = (control.pixels.short() - original.pixels.short()).abs()
     assert int(change.max()) == 3
     assert (tmp_path / "out/run.json").exists() and not (tmp_path / "out/.privet").exists()
+
+
+def test_of_versions_the_page_gets_all(
+    sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, protected, test = sets
+    plan = replace(PLAN, recoveries=("none", "versions", "jpeg-10"), architectures=("cnn-w4",), seeds=(0,))
+    audit = run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
+    shown, images = list(audit.material.shown), audit.material.protected
+    parts = [create_recovery(name).recover(images, Job(runtime=runtime)) for name in VERSIONS[:2]]
+    assert audit.examples.keys() == {"versions", "jpeg-10"}
+    assert torch.equal(audit.examples["versions"], torch.cat([part.pixels[shown] for part in parts]))
+    assert torch.equal(audit.examples["jpeg-10"], parts[0].pixels[shown])
 
 
 def untimed(out: Path) -> dict[str, bytes]:

@@ -66,7 +66,8 @@ class Audit:
         flags: reasons for doubt.
         verdict: what it comes to.
         costs: of each recovery of the protected images: seconds (None if it was interrupted) and facts.
-        examples: what each recovery that changes images made of the shown ones, uint8.
+        examples: what each recovery that changes images made of the shown ones, uint8; all of them once for each
+            version that it makes.
         run: what the results depend on.
     """
 
@@ -319,7 +320,8 @@ def _examples(
                 protected, "protected", recovery, plan=plan, out=out, runtime=runtime, seed=seed
             )
             if images.pixels is not protected.pixels:
-                found[recovery] = images.pixels[index].contiguous()
+                every = images.pixels.reshape(-1, len(protected), *images.pixels.shape[1:])  # versions first
+                found[recovery] = every[:, index].flatten(0, 1).contiguous()
         write_bytes(path, safetensors.torch.save(found))
     examples: dict[str, torch.Tensor] = safetensors.torch.load(path.read_bytes())
     return examples

@@ -102,9 +102,10 @@ def kept(protected: float, clean: float, chance: float) -> float:
     return min(1.0, max(0.0, (protected - chance) / (clean - chance)))
 
 
-def recovered(accuracy: float, protected: float, clean: float) -> float | None:
+def recovered(accuracy: float, protected: float, clean: float, *, uncertainty: float) -> float | None:
     """Return which share of what a protection took away a recovery brings back.
 
-    0 is nothing and 1 all; below 0 the recovery does harm. None where the protection took nothing away.
+    0 is nothing and 1 all; below 0 the recovery does harm. None where the protection took away no more
+    than the uncertainty of an accuracy: a share of that would be chance.
     """
-    return (accuracy - protected) / (clean - protected) if clean > protected else None
+    return (accuracy - protected) / (clean - protected) if clean - protected > uncertainty else None

@@ -13,7 +13,7 @@ from privet.audit import LicenceAudit
 from privet.audit.licence_plan import CLEAN, CLEAN_PART, LICENSEE, MIXED
 from privet.audit.licence_verdict import COST, GAP, NO, OPEN, PLAINLY, YES, who
 from privet.files import write_bytes, write_json
-from privet.learning.confidence import clopper_pearson
+from privet.learning.confidence import uncertainty
 from privet.report.pages import pages
 from privet.report.plots import STYLE, svg
 from privet.report.report import JSON, PAGE
@@ -61,8 +61,6 @@ def write_licence_report(audit: LicenceAudit, out: Path) -> dict[str, Any]:
 
 def render_licence(report: dict[str, Any]) -> str:
     """Return the page for a report."""
-    count = report["facts"]["test"]
-    low, high = clopper_pearson(count // 2, count)
     main = report["run"]["plan"]["architectures"][0]
     rows = [row for row in report["rows"] if not row["freedom"]]
     free: dict[str, dict[str, Any]] = {}
@@ -78,7 +76,7 @@ def render_licence(report: dict[str, Any]) -> str:
             mains=[row for row in rows if row["architecture"] == main],
             elsewhere=[row for row in rows if row["architecture"] != main],
             free=free,
-            uncertainty=(high - low) / 2,
+            uncertainty=uncertainty(report["facts"]["test"]),
             grade=GRADES[report["verdict"]["grade"]],
             bars=party_bars([row for row in rows if row["architecture"] == main], report),
         )

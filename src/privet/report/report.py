@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from privet.audit import Audit
 from privet.audit.statistics import recovered, select
 from privet.audit.verdict import describe
 from privet.files import write_bytes, write_json
 from privet.images.montage import montage, png
-from privet.learning.confidence import clopper_pearson
+from privet.learning.confidence import uncertainty
 from privet.report.pages import pages
 from privet.report.plots import NAMES, accuracy_bars, learning_curves
 from privet.report.strips import strips
@@ -88,13 +91,13 @@ def summarise(audit: Audit) -> dict[str, Any]:
 
 def _recovery(audit: Audit, name: str) -> dict[str, Any]:
     """Return what a recovery brings back on each architecture, and what it costs."""
-    share = {}
+    share, unsure = {}, uncertainty(audit.material.facts.test)
     for architecture in audit.plan.architectures:
         clean, protected, after = (
             select(audit.table, data=data, recovery=recovery, architecture=architecture)[0].last.mean
             for data, recovery in (("clean", "none"), ("protected", "none"), ("protected", name))
         )
-        share[architecture] = recovered(after, protected, clean)
+        share[architecture] = recovered(after, protected, clean, uncertainty=unsure)
     cost = audit.costs[name]
     seconds = cost["seconds"]
     return {
@@ -102,8 +105,14 @@ def _recovery(audit: Audit, name: str) -> dict[str, Any]:
         "recovered": share,
         "evaluations": _evaluations(cost["facts"]),
         "seconds_per_1000": None if seconds is None else 1000 * seconds / audit.material.facts.paired,
-        "changes_images": name in audit.examples,
+        "versions": len(_versions(audit, name)),
     }
+
+
+def _versions(audit: Audit, name: str) -> tuple[Tensor, ...]:
+    """Return what a recovery made of the shown images: mostly once, never if it leaves images as they are."""
+    made = audit.examples.get(name)
+    return () if made is None else torch.split(made, len(audit.material.shown))
 
 
 def _evaluations(facts: Mapping[str, Any]) -> int:
@@ -122,15 +131,14 @@ def render(report: dict[str, Any], *, pictures: bytes, recovered: bytes | None) 
     """
     names = report["run"]["plan"]["recoveries"]
     recoveries = [{"name": name, "words": describe(name), "short": name} for name in names]
-    chance, count = report["images"]["chance"], report["images"]["test"]
-    low, high = clopper_pearson(count // 2, count)
+    chance = report["images"]["chance"]
     environment = pages()
     environment.filters["words"] = describe
     return environment.get_template("report.html").render(
         **report,
         table=_table(report),
         names=NAMES,
-        uncertainty=(high - low) / 2,
+        uncertainty=uncertainty(report["images"]["test"]),
         bars=accuracy_bars(report["grid"], recoveries, chance),
         curves=learning_curves(report["grid"], recoveries, chance),
         pictures=base64.b64encode(pictures).decode(),
@@ -166,7 +174,7 @@ def _recovered(audit: Audit) -> bytes | None:
     if not audit.examples:
         return None
     material, index = audit.material, list(audit.material.shown[:RECOVERED])
-    tried = [audit.examples[name] for name in audit.plan.recoveries if name in audit.examples]
     columns = [material.clean.pixels[index], material.protected.pixels[index]]
-    columns += [pixels[: len(index)] for pixels in tried]
+    for name in audit.plan.recoveries:
+        columns += [pixels[: len(index)] for pixels in _versions(audit, name)]
     return png(montage(list(zip(*columns, strict=True))))
