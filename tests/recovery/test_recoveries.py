@@ -162,6 +162,21 @@ def test_versions_are_all_there_and_take_as_many_steps(runtime: Runtime, tmp_pat
     ]
 
 
+def test_what_versions_begin_with_is_done_once(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, calls, usual = blobs(2), [], JPEG.recover
+
+    def counted(self: JPEG, images: ImageSet, job: Job) -> ImageSet:
+        calls.append(self.name)
+        return usual(self, images, job)
+
+    monkeypatch.setattr(JPEG, "recover", counted)
+    parts = JPEG(10), Chain((JPEG(10), Grayscale())), Chain((Grayscale(), JPEG(10))), JPEG(20)
+    found = Versions(parts).recover(images, Job(runtime=runtime))
+    assert calls == ["jpeg-10", "jpeg-10", "jpeg-20"]
+    expected = [part.recover(images, Job(runtime=runtime)).pixels for part in parts]
+    assert torch.equal(found.pixels, torch.cat(expected))
+
+
 def test_ueraser_changes_how_it_learns() -> None:
     usual = Learner()
     for name, draws, share in (("ueraser", 5, 0.25), ("ueraser-lite", 1, 0.25), ("ueraser-max", 5, 1.0)):

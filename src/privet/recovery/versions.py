@@ -12,6 +12,7 @@ from privet.images.image_set import ImageSet
 from privet.learning.job import Job
 from privet.learning.train import Learner
 from privet.recovery.base import Recovery
+from privet.recovery.chain import Chain
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,28 @@ class Versions(Recovery):
         return replace(images.subset(index), names=names)
 
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
-        """Return all versions of the images, one after the other."""
-        found = []
+        """Return all versions of the images, one after the other.
+
+        What two of them begin with, as purify-gently and purify-gently+grayscale do, is done once.
+        """
+        found: dict[tuple[Recovery, ...], ImageSet] = {(): images}
         for part in self.parts:
-            own = replace(job, workspace=job.file(part.name), facts={})
-            found.append(part.recover(images, own).pixels)
-            if own.facts:
-                job.facts[part.name] = own.facts
-        return self.originals(images).with_pixels(torch.cat(found))
+            steps = _steps(part)
+            for number, step in enumerate(steps, start=1):
+                if steps[:number] in found:
+                    continue
+                name = "+".join(one.name for one in steps[:number])
+                own = replace(job, workspace=job.file(name), facts={})
+                found[steps[:number]] = step.recover(found[steps[: number - 1]], own)
+                if own.facts:
+                    job.facts[name] = own.facts
+        return self.originals(images).with_pixels(
+            torch.cat([found[_steps(part)].pixels for part in self.parts])
+        )
 
     def adapt(self, learner: Learner) -> Learner:
         return replace(learner, epochs=max(1, round(learner.epochs / len(self.parts))))
+
+
+def _steps(part: Recovery) -> tuple[Recovery, ...]:
+    return part.parts if isinstance(part, Chain) else (part,)
