@@ -78,6 +78,7 @@ def versions(prior: str, *names: str) -> Recovery:
     return Versions(tuple(create_recovery(name, prior=prior) for name in names))
 
 
+ONCE = ("jpeg-10+grayscale",)
 SMALL = Table(
     data="cifar10",
     images=5000,
@@ -96,7 +97,12 @@ SMALL = Table(
         "jcdp",
         "avatar",
     ),
-    once=("jpeg-10+grayscale",),
+    once=(*ONCE, "versions, colour denoised"),
+    variants={
+        "versions, colour denoised": lambda prior: versions(
+            prior, "purify-gently", "purify-gently+grayscale", "jpeg-10+grayscale"
+        ),
+    },
     training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=1e-3),
     learner=Learner(architecture="resnet10-w16", epochs=20),
     seeds=(0, 1, 2),
@@ -110,6 +116,7 @@ TABLES = {
         reference=6000,
         watched=None,
         protections=(CLEAN, "sem", "lsp"),
+        once=ONCE,
         # As many pixels a step as of the smaller images.
         training=PriorTraining(scale="tiny", steps=6000, batch_size=8, learning_rate=1e-3),
     ),
@@ -159,6 +166,7 @@ TABLES = {
         preset="paper",
         protections=(CLEAN, "em", "sem", "rem", "tap", "lsp", "ar", "ops", "cuda"),
         recoveries=(*SMALL.recoveries, "adversarial-8", "coin"),
+        once=ONCE,
         training=PriorTraining(scale="ddpm", steps=80_000, decay=0.9999),
         learner=Learner(epochs=120, schedule="step"),
         seeds=(0, 1, 2, 3, 4),
