@@ -18,6 +18,12 @@ from privet.seeds import generator
 torch.set_num_threads(1)  # tests run in parallel
 
 
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Networks that a test makes have the same weights whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def runtime() -> Runtime:
     return Runtime(device=torch.device("cpu"), precision="float32")
