@@ -57,6 +57,7 @@ class Table:
         training: of the prior.
         learner: how every learner trains.
         seeds: of learners. Protections and recoveries have seed 0.
+        close: a protection under recoveries that come out level with the seeds above, and three seeds more.
     """
 
     data: str
@@ -71,6 +72,7 @@ class Table:
     training: PriorTraining
     learner: Learner
     seeds: tuple[int, ...]
+    close: tuple[tuple[str, str], ...] = ()
 
 
 def versions(prior: str, *names: str) -> Recovery:
@@ -78,6 +80,17 @@ def versions(prior: str, *names: str) -> Recovery:
     return Versions(tuple(create_recovery(name, prior=prior) for name in names))
 
 
+RECOVERIES = (
+    "versions",
+    "jpeg-10",
+    "purify-gently",
+    "none",
+    "grayscale",
+    "projection",
+    "projection+versions",
+    "jcdp",
+    "avatar",
+)
 ONCE = ("jpeg-10+grayscale",)
 SMALL = Table(
     data="cifar10",
@@ -86,18 +99,8 @@ SMALL = Table(
     watched=1000,
     preset="cpu",
     protections=(CLEAN, "em", "sem", "tap", "lsp", "ar", "ops"),
-    recoveries=(
-        "versions",
-        "jpeg-10",
-        "purify-gently",
-        "none",
-        "grayscale",
-        "projection",
-        "projection+versions",
-        "jcdp",
-        "avatar",
-    ),
-    once=(*ONCE, "versions, colour denoised"),
+    recoveries=(*RECOVERIES, "versions, colour denoised"),
+    once=(*ONCE, "auto"),
     variants={
         "versions, colour denoised": lambda prior: versions(
             prior, "purify-gently", "purify-gently+grayscale", "jpeg-10+grayscale"
@@ -106,6 +109,12 @@ SMALL = Table(
     training=PriorTraining(scale="tiny", steps=6000, batch_size=32, learning_rate=1e-3),
     learner=Learner(architecture="resnet10-w16", epochs=20),
     seeds=(0, 1, 2),
+    close=(
+        ("ar", "versions"),
+        ("ar", "purify-gently"),
+        ("ar", "jcdp"),
+        ("ar", "versions, colour denoised"),
+    ),
 )
 TABLES = {
     "small": SMALL,
@@ -116,7 +125,9 @@ TABLES = {
         reference=6000,
         watched=None,
         protections=(CLEAN, "sem", "lsp"),
+        recoveries=RECOVERIES,
         once=ONCE,
+        close=(),
         # As many pixels a step as of the smaller images.
         training=PriorTraining(scale="tiny", steps=6000, batch_size=8, learning_rate=1e-3),
     ),
@@ -157,6 +168,7 @@ TABLES = {
             "three rounds": lambda prior: Purify(prior, rounds=3),
         },
         seeds=(0,),
+        close=(),
     ),
     "paper": replace(
         SMALL,
@@ -165,11 +177,12 @@ TABLES = {
         watched=None,
         preset="paper",
         protections=(CLEAN, "em", "sem", "rem", "tap", "lsp", "ar", "ops", "cuda"),
-        recoveries=(*SMALL.recoveries, "adversarial-8", "coin"),
+        recoveries=(*RECOVERIES, "adversarial-8", "coin"),
         once=ONCE,
         training=PriorTraining(scale="ddpm", steps=80_000, decay=0.9999),
         learner=Learner(epochs=120, schedule="step"),
         seeds=(0, 1, 2, 3, 4),
+        close=(),
     ),
 }
 
@@ -189,6 +202,9 @@ def cells(table: Table) -> Iterator[Cell]:
         for recovery in (*(table.once if seed == table.seeds[0] else ()), *table.recoveries):
             for protection in table.protections:
                 yield Cell(protection=protection, recovery=recovery, seed=seed)
+    for seed in range(max(table.seeds) + 1, max(table.seeds) + 4):
+        for protection, recovery in table.close:
+            yield Cell(protection=protection, recovery=recovery, seed=seed)
 
 
 class Bench:
