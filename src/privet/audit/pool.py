@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.context import BaseContext
@@ -54,8 +57,17 @@ def each(
 
 def _start(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], threads: int) -> None:
     global _work
+    threading.Thread(target=_leave_with_the_audit, daemon=True).start()
     torch.set_num_threads(threads)
     _work = make(*arguments)
+
+
+def _leave_with_the_audit() -> None:
+    """End this process when the audit was killed: its queue would never tell, and a GPU's memory stay taken."""
+    audit = multiprocessing.parent_process()
+    if audit is not None:
+        audit.join()
+        os._exit(1)
 
 
 def _one(cell: Any) -> Any:
