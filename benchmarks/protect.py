@@ -28,7 +28,7 @@ import privet
 from privet.files import append_line, read_lines, write_bytes
 from privet.images import ImageSet, align, open_images
 from privet.learning import Learned, Learner, Runtime, learn
-from privet.learning.runtime import describe_device
+from privet.learning.runtime import describe_device, end_with_parent
 from privet.progress import Progress, silent
 from privet.protection import METHODS, publish
 
@@ -228,6 +228,7 @@ _bench: Bench
 
 def _start(name: str, data: Path, work: Path, device: str, compile: bool) -> None:
     global _bench
+    end_with_parent()
     torch.set_num_threads(1)
     _bench = Bench(name, data, work, device, compile)
 

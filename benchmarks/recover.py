@@ -29,6 +29,7 @@ import torch
 from privet.files import append_line, read_lines, write_bytes, write_json
 from privet.images import ImageSet, align, open_images
 from privet.learning import Job, Learner, Runtime, accuracy, learn
+from privet.learning.runtime import end_with_parent
 from privet.protection import METHODS, publish
 from privet.recovery import JCDP, PriorTraining, Purify, Versions, create_recovery, restore, train_prior
 from privet.recovery.base import Recovery
@@ -72,7 +73,7 @@ class Table:
     training: PriorTraining
     learner: Learner
     seeds: tuple[int, ...]
-    close: tuple[tuple[str, str], ...] = ()
+    close: tuple[tuple[str, str], ...]
 
 
 def versions(prior: str, *names: str) -> Recovery:
@@ -290,6 +291,7 @@ _bench: Bench
 
 def _start(name: str, data: Path, work: Path, device: str, compile: bool) -> None:
     global _bench
+    end_with_parent()
     torch.set_num_threads(1)
     _bench = Bench(name, data, work, device, compile)
 

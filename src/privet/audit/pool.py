@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing.context import BaseContext
@@ -12,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from privet.learning.runtime import use_threads
+from privet.learning.runtime import end_with_parent, use_threads
 
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
@@ -57,17 +54,9 @@ def each(
 
 def _start(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...], threads: int) -> None:
     global _work
-    threading.Thread(target=_leave_with_the_audit, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     _work = make(*arguments)
-
-
-def _leave_with_the_audit() -> None:
-    """End this process when the audit was killed: its queue would never tell, and a GPU's memory stay taken."""
-    audit = multiprocessing.parent_process()
-    if audit is not None:
-        audit.join()
-        os._exit(1)
 
 
 def _one(cell: Any) -> Any:
