@@ -264,7 +264,7 @@ class Bench:
         learned = learn(
             images,
             recovery.present(self.watched),
-            recovery.adapt(self.table.learner),
+            recovery.adapt(self.table.learner).for_versions(len(images) // self.table.images),
             runtime=self.runtime,
             seed=cell.seed,
             checkpoint=checkpoint,

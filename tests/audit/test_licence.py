@@ -31,10 +31,11 @@ from privet.audit.outsiders import Released, TileLayer, prepare
 from privet.cli import main
 from privet.errors import UsageError, WrongLicenceError
 from privet.images import ImageSet, open_images, pair
-from privet.learning import Learner, Runtime, accuracy, learn
+from privet.learning import Job, Learner, Runtime, accuracy, learn
 from privet.licensing import Licence, Vendor, protect, read_licence, release
 from privet.models import SavedModel, create_model, save_model
 from privet.models.keyed_stem import KeyedStem
+from privet.recovery import create_recovery
 from privet.report import write_licence_report
 from privet.seeds import generator
 
@@ -389,10 +390,13 @@ class TestRun:
             return learn(train, test, learner, **given)
 
         monkeypatch.setattr(module, "learn", watch)
-        found = self.run(world, tmp_path / "run", runtime)
+        plan = replace(SHORT, recoveries=("versions",), learner=replace(LEARNER, epochs=2))
+        found = self.run(world, tmp_path / "run", runtime, plan=plan)
         _, opened = pair(open_images(root / "clean"), open_images(root / "cats"))
+        versions = create_recovery("versions").recover(opened, Job(runtime=runtime))
+        assert [learner.epochs for learner, _ in seen[versions.pixels.numpy().tobytes()]] == [1, 1]
         plain = seen[opened.pixels.numpy().tobytes()]
-        assert {imitates for _, imitates in plain} == {True, False}
+        assert {(learner.epochs, imitates) for learner, imitates in plain} == {(2, True), (2, False)}
         unlocked = seen[licence.unlock(opened).pixels.numpy().tobytes()]
         assert sum(learner.weights is not None for learner, _ in unlocked) == 2 + 3
         assert all(learner.weights is None for learner, _ in plain)

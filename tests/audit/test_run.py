@@ -77,6 +77,8 @@ def test_of_versions_the_page_gets_all(
     shown, images = list(audit.material.shown), audit.material.protected
     parts = [create_recovery(name).recover(images, Job(runtime=runtime)) for name in VERSIONS[:2]]
     assert audit.examples.keys() == {"versions", "jpeg-10"}
+    epochs = {(cell.recovery, len(result["history"])) for cell, result in audit.results.items()}
+    assert epochs == {("none", 2), ("versions", 1), ("jpeg-10", 2)}  # as many steps
     assert torch.equal(audit.examples["versions"], torch.cat([part.pixels[shown] for part in parts]))
     assert torch.equal(audit.examples["jpeg-10"], parts[0].pixels[shown])
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from privet.audit.licence_plan import DISTILLED, LICENSEE, LicencePlan, Seat
+from privet.audit.licence_plan import DISTILLED, LICENSEE, RECOVERY, LicencePlan, Seat
 from privet.audit.licence_verdict import LicenceRow, LicenceVerdict, judge_licence, licence_rows
 from privet.audit.outsiders import Released, Sets, prepare
 from privet.audit.pool import each
@@ -202,6 +202,8 @@ class Trainer:
             )
             self.who = seat.who
         learner = self.plan.learner_of(seat, weights=self.initial)
+        if seat.who.startswith(RECOVERY):
+            learner = learner.for_versions(len(self.sets[0]) // len(self.release.protected))
         name = "-".join(str(part) for part in (seat.who, seat.architecture, seat.seed, seat.freedom))
         checkpoint = self.folder / f"{name.replace('/', '-').replace(':', '-').replace(' ', '-')}.safetensors"
         learned = learn(

@@ -358,6 +358,7 @@ class Trainer:
             )
             self.key = cell.data, cell.recovery
         learner: Learner = recovery.adapt(replace(self.plan.learner, architecture=cell.architecture))
+        learner = learner.for_versions(len(self.images[0]) // len(self.sets[cell.data]))
         name = f"{cell.data}-{cell.recovery}-{cell.architecture}-{cell.seed}".replace("/", "-").replace(
             ":", "-"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def publish_changed(
 
     Args:
         images: the images as opened.
-        change: returns them with other pixels; called only if something is left to do.
+        change: returns them with other pixels, in their order, or several versions of them, one version after the
+            other, under names of their own; called only if something is left to do.
         out: a folder that is new, or this run's own.
         job: what `change` works in; gets its workspace here.
         record: what the bytes depend on beside the job and the images; goes into run.json.
@@ -103,6 +104,9 @@ def publish_changed(
     changed = change()
     if runtime.rank > 0:
         return Publication(out=out, written=Written(records=()), run=run)
+    if len(changed) > len(images):
+        index = torch.arange(len(changed)) % len(images)
+        images = replace(images.subset(index), names=changed.names)
     written = write_images(
         images,
         changed,

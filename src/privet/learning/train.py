@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,10 @@ class Learner:
     def record(self) -> dict[str, Any]:
         """Return what a training depends on, as JSON values: weights by their hash, wherever they lie."""
         return {**asdict(self), "weights": sha256(self.weights.read_bytes()) if self.weights else None}
+
+    def for_versions(self, count: int) -> Learner:
+        """Return it with so much fewer epochs that it takes as many steps on `count` versions of each image as on one."""
+        return replace(self, epochs=max(1, round(self.epochs / count)))
 
     @property
     def adamw(self) -> bool:

@@ -36,12 +36,11 @@ class Recovery(ABC):
         """Whether it is a way of training, of which no files can be made."""
         return False
 
-    def originals(self, images: ImageSet) -> ImageSet:
-        """Return the protected image of each recovered one; the same images, unless there are several of each."""
-        return images
-
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
-        """Return the training images as the learner gets them."""
+        """Return the training images as the learner gets them.
+
+        They keep their order; where there are several of each, all first ones come first, then all second ones.
+        """
         return images
 
     def present(self, images: ImageSet) -> ImageSet:

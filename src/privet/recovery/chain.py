@@ -29,11 +29,6 @@ class Chain(Recovery):
     def trains(self) -> bool:
         return any(part.trains for part in self.parts)
 
-    def originals(self, images: ImageSet) -> ImageSet:
-        for part in self.parts:
-            images = part.originals(images)
-        return images
-
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         for number, part in enumerate(self.parts):
             own = dataclasses.replace(job, workspace=job.file(f"{number}-{part.name}"), facts={})

@@ -42,7 +42,7 @@ def restore(
         )
     job = Job(runtime=runtime, seed=seed, checkpoint_seconds=checkpoint_seconds, progress=progress)
     return publish_changed(
-        recovery.originals(images),
+        images,
         lambda: recovery.recover(images, job),
         out,
         job=job,

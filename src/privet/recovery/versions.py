@@ -10,7 +10,6 @@ import torch
 from privet.errors import UsageError
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
-from privet.learning.train import Learner
 from privet.recovery.base import Recovery
 from privet.recovery.chain import Chain
 
@@ -22,7 +21,7 @@ class Versions(Recovery):
     Recoveries differ in which shortcut they leave: JPEG that of the colours, grayscale that of single pixels, and
     so on. A network that sees every image in all versions gains nothing from what only some of them have. One
     version of each image will not do: then a shortcut is the only way to tell its images apart (docs/methods.md).
-    A learner goes through so much fewer epochs that it takes as many steps as on the images alone.
+    `Learner.for_versions` takes as many steps on them as on the images alone.
 
     Attributes:
         parts: recoveries that change training images alone, or leave the test images usable as they are.
@@ -44,13 +43,8 @@ class Versions(Recovery):
     def record(self) -> dict[str, Any]:
         return {"recovery": self.name, "settings": {"parts": [part.record() for part in self.parts]}}
 
-    def originals(self, images: ImageSet) -> ImageSet:
-        index = torch.arange(len(images)).repeat(len(self.parts))
-        names = tuple(f"{name}-{part.name}" for part in self.parts for name in images.names)
-        return replace(images.subset(index), names=names)
-
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
-        """Return all versions of the images, one after the other.
+        """Return all versions of the images, one version after the other.
 
         What two of them begin with, as purify-gently and purify-gently+grayscale do, is done once.
         """
@@ -65,12 +59,12 @@ class Versions(Recovery):
                 found[steps[:number]] = step.recover(found[steps[: number - 1]], own)
                 if own.facts:
                     job.facts[name] = own.facts
-        return self.originals(images).with_pixels(
-            torch.cat([found[_steps(part)].pixels for part in self.parts])
+        index = torch.arange(len(images)).repeat(len(self.parts))
+        return replace(
+            images.subset(index),
+            names=tuple(f"{name}-{part.name}" for part in self.parts for name in images.names),
+            pixels=torch.cat([found[_steps(part)].pixels for part in self.parts]),
         )
-
-    def adapt(self, learner: Learner) -> Learner:
-        return replace(learner, epochs=max(1, round(learner.epochs / len(self.parts))))
 
 
 def _steps(part: Recovery) -> tuple[Recovery, ...]:
