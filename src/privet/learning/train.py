@@ -111,7 +111,7 @@ class Learner:
         return {**asdict(self), "weights": sha256(self.weights.read_bytes()) if self.weights else None}
 
     def for_versions(self, count: int) -> Learner:
-        """Return it with so much fewer epochs that it takes as many steps on `count` versions of each image as on one."""
+        """Return it with so much fewer epochs that on `count` versions of each image it takes as many steps."""
         return replace(self, epochs=max(1, round(self.epochs / count)))
 
     @property
