@@ -78,7 +78,7 @@ NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
 }
 WHOLE = ("jpeg", "bitdepth", "dvae")
 # Among which `auto` chooses; the last one where there is a prior.
-CANDIDATES = ("none", "jpeg-10", "projection", "projection+jpeg-50", "coin", "purify")
+CANDIDATES = ("none", "grayscale", "jpeg-10", "projection", "coin", "versions", "purify-gently")
 
 # What `versions` are; the last one where there is a prior.
 VERSIONS = ("jpeg-10", "jpeg-10+grayscale", "purify-gently+grayscale")

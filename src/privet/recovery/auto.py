@@ -29,7 +29,10 @@ class Auto(Recovery):
     is always right. But a shortcut that one recovery leaves is seldom left by all of them, and what
     the images show is. So every candidate recovers a sample of the protected images; a small network
     learns from four fifths of it, and is asked about the last fifth as each of the others recovers it.
-    The mean of its answers that are right is the candidate's score, and the highest score wins.
+    The lower quartile of these accuracies is the candidate's score, and the highest score wins.
+
+    Not their mean: candidates that leave the same shortcut would vote for each other. Not the lowest: a
+    candidate that ruins images would decide alone.
 
     Attributes:
         candidates: recoveries that change training images alone.
@@ -83,23 +86,25 @@ class Auto(Recovery):
             folder = None if kept is None else kept / f"sample-{candidate.name}"
             trial = replace(job, runtime=alone, workspace=folder, facts={})
             recovered[candidate.name] = candidate.recover(sample, trial)
-        held = torch.arange(len(sample)) % HELD_OUT == 0
-        views = {name: one.subset(held.nonzero().flatten()) for name, one in recovered.items()}
-        for name, one in recovered.items():
+        held = {name: torch.arange(len(one)) % len(sample) % HELD_OUT == 0 for name, one in recovered.items()}
+        views = {name: one.subset(held[name].nonzero().flatten()) for name, one in recovered.items()}
+        for candidate in self.candidates:
+            name = candidate.name
             if name in scores:
                 continue
+            one = recovered[name]
             learned = learn(
-                one.subset((~held).nonzero().flatten()),
+                one.subset((~held[name]).nonzero().flatten()),
                 views[name],
-                self.learner,
+                self.learner.for_versions(len(one) // len(sample)),
                 runtime=alone,
                 seed=job.seed,
                 checkpoint=None if kept is None else kept / f"sample-{name}.safetensors",
                 progress=job.progress,
             )
             others = [view for other, view in views.items() if other != name]
-            right = [accuracy(learned.model, view, runtime=alone) for view in others]
-            scores[name] = sum(right) / len(right)
+            right = torch.tensor([accuracy(learned.model, view, runtime=alone) for view in others])
+            scores[name] = right.quantile(0.25).item()
             if kept is not None:
                 write_json(kept / "scores.json", scores)
         return scores
