@@ -42,6 +42,23 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
 
 
+def test_auto_says_what_it_chose_every_time(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protected, out = make_folder(blobs(12, size=(16, 16))), tmp_path / "recovered"
+    told = []
+    for _ in range(2):
+        assert (
+            main(["recover", str(protected), "--method", "auto", "--out", str(out), "--device", "cpu"]) == 0
+        )
+        told.append(capsys.readouterr().out)
+    facts = json.loads((out / "run.json").read_text())["facts"]
+    assert max(facts["scores"].values()) == facts["scores"][facts["chosen"]]
+    assert all(
+        f"images recovered with auto, which chose {facts['chosen']}, and written to" in one for one in told
+    )
+
+
 def test_protect_learn_audit_show(
     tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

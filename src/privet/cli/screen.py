@@ -101,6 +101,8 @@ def written(publication: Publication, what: str, *, rank: int) -> int:
     if rank > 0:
         return OK
     records, out = publication.written, publication.out
+    if chosen := publication.run["facts"].get("chosen"):
+        what = f"{what}, which chose {chosen},"
     say(f"{records.ok:,} images {what} and written to {escape(str(out))}")
     if not records.skipped:
         return OK

@@ -12,7 +12,7 @@ import numpy
 import PIL
 import torch
 
-from privet.files import WORKSPACE, claim, finish, read_lines, write_bytes
+from privet.files import RUN, WORKSPACE, claim, finish, read_json, read_lines, write_bytes
 from privet.images.budget import UNBOUNDED, Budget
 from privet.images.image_set import ImageSet
 from privet.images.source import MANIFEST
@@ -98,12 +98,12 @@ def publish_changed(
         },
     }
     if runtime.rank == 0 and claim(out, run) and (written := _intact(out)) and runtime.world == 1:
-        return Publication(out=out, written=written, run=run)
+        return Publication(out=out, written=written, run=read_json(out / RUN))
     runtime.wait()
     job.workspace = out / WORKSPACE
     changed = change()
     if runtime.rank > 0:
-        return Publication(out=out, written=Written(records=()), run=run)
+        return Publication(out=out, written=Written(records=()), run={**run, "facts": job.facts})
     if len(changed) > len(images):
         index = torch.arange(len(changed)) % len(images)
         images = replace(images.subset(index), names=changed.names)

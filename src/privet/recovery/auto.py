@@ -103,8 +103,8 @@ class Auto(Recovery):
                 progress=job.progress,
             )
             others = [view for other, view in views.items() if other != name]
-            right = torch.tensor([accuracy(learned.model, view, runtime=alone) for view in others])
-            scores[name] = right.quantile(0.25).item()
+            right = [accuracy(learned.model, view, runtime=alone) for view in others]
+            scores[name] = torch.tensor(right, dtype=torch.float64).quantile(0.25).item()
             if kept is not None:
                 write_json(kept / "scores.json", scores)
         return scores
