@@ -111,7 +111,10 @@ def audit(images: ImageSet | None = None, *, seeds: tuple[int, ...] = (0, 1), pl
         costs={
             "none": {"seconds": 0.0, "facts": {}},
             "jpeg-10": {"seconds": 0.6, "facts": {}},
-            "grayscale": {"seconds": None, "facts": {"a": {"evaluations": 4}, "evaluations": 3}},
+            "grayscale": {
+                "seconds": None,
+                "facts": {"a": {"evaluations": 4}, "evaluations": 3, "chosen": "versions"},
+            },
             "adversarial-4": {"seconds": 0.0, "facts": {}},
         },
         examples={
@@ -133,6 +136,7 @@ def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path: Path) -> 
         r'xmlns(:\w+)?="[^"]+"|"https?://(www\.w3\.org|purl\.org|creativecommons\.org)[^"]*"', "", page
     )
     assert "The protection does not hold against JPEG at quality 10" in checker.text
+    assert checker.text.count("which chose versions") == 1
     for words in ("best-above-last", "small-test", "Random noise of the same size is the control", "2/0002"):
         assert (words in checker.text) is (words != "best-above-last")
     assert "<b>em</b>" not in page and "&lt;b&gt;em&lt;/b&gt;" in page
@@ -194,6 +198,7 @@ def test_the_json_holds_every_figure(tmp_path: Path) -> None:
     assert (jpeg["seconds_per_1000"], jpeg["evaluations"]) == (pytest.approx(1000 * 0.6 / 20), 0)
     assert (grey["seconds_per_1000"], grey["evaluations"]) == (None, 7)
     assert [one["versions"] for one in report["recoveries"]] == [0, 1, 2, 0]
+    assert [one["chosen"] for one in report["recoveries"]] == [None, None, "versions", None]
 
 
 def test_one_seed_and_small_images_have_a_page_too(tmp_path: Path) -> None:

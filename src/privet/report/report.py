@@ -106,6 +106,7 @@ def _recovery(audit: Audit, name: str) -> dict[str, Any]:
         "evaluations": _evaluations(cost["facts"]),
         "seconds_per_1000": None if seconds is None else 1000 * seconds / audit.material.facts.paired,
         "versions": len(_versions(audit, name)),
+        "chosen": cost["facts"].get("chosen"),
     }
 
 
