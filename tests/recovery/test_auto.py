@@ -22,7 +22,7 @@ from privet.recovery import Auto, Nothing, Recovery, Versions, create_recovery
 from privet.recovery import auto as module
 from privet.recovery.base import ImageRecovery
 
-LEARNER = Learner(architecture="resnet8-w8", epochs=8, batch_size=16, flip=False)
+LEARNER = Learner(architecture="resnet8-w8", epochs=16, batch_size=16, flip=False)
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Cover(ImageRecovery):
 
 
 def marked(count: int = 240) -> ImageSet:
-    """Blobs, which show their class above, each with a bright mark below that tells it too."""
+    """Blobs, which show their class above, each with a strip below in a colour that tells it too."""
     images = blobs(count, size=(16, 16))
     pixels = images.pixels.clone()
     for label in range(3):
-        pixels[images.labels == label, :, 11:16, 5 * label : 5 * label + 5] = 255
+        pixels[images.labels == label, :, 11:16] = (
+            torch.tensor([255, 60, 60]).roll(label).view(3, 1, 1).byte()
+        )
     return images.with_pixels(pixels)
 
 
@@ -60,12 +62,13 @@ def chosen(images: ImageSet, candidates: tuple[Recovery, ...], runtime: Runtime)
     name = str(job.facts["chosen"])
     (winner,) = (one for one in candidates if one.name == name)
     assert torch.equal(recovered.pixels, winner.recover(images, Job(runtime=runtime)).pixels)
-    assert name == max(job.facts["scores"], key=job.facts["scores"].__getitem__)
+    scores = job.facts["scores"]
+    assert scores[name] >= max(scores.values()) - 0.073  # the most that a standard error of 48 answers can be
     return name
 
 
 def test_what_outlives_the_other_candidates_is_chosen(runtime: Runtime) -> None:
-    # Without its mark an image is told by its patch, whatever else was done; without its patch by nothing that lasts.
+    # Without its strip an image is told by its patch, whatever else was done; without its patch by nothing that lasts.
     candidates = (Nothing(), Cover(9, 16), Cover(10, 16), Cover(0, 9))
     assert chosen(marked(), candidates, runtime) in ("cover-9-16", "cover-10-16")
 
@@ -80,7 +83,7 @@ def test_candidates_that_leave_the_same_shortcut_do_not_outvote_the_others(
         [0.9, 1.0, 0.9, 0.3, 0.3, 0.2],
         [0.9, 0.9, 1.0, 0.3, 0.3, 0.2],
         [0.4, 0.4, 0.5, 0.6, 0.6, 0.2],  # what a mean would not choose
-        [0.4, 0.4, 0.4, 0.5, 0.6, 0.2],
+        [0.42, 0.42, 0.42, 0.5, 0.6, 0.2],  # by no more than chance better, and further down
         [0.2, 0.2, 0.2, 0.2, 0.2, 0.9],  # ruins images, so that no other knows them
     ]
 
@@ -93,17 +96,17 @@ def test_candidates_that_leave_the_same_shortcut_do_not_outvote_the_others(
     monkeypatch.setattr(module, "learn", taught)
     monkeypatch.setattr(module, "accuracy", lambda model, view, runtime: table[model][number(view)])
     job = Job(runtime=runtime)
-    Auto(tuple(covers)).recover(blobs(60, size=(16, 16)), job)
+    Auto(tuple(covers)).recover(blobs(600, size=(16, 16)), job)
     assert job.facts["chosen"] == covers[3].name
     assert job.facts["scores"] == pytest.approx(
-        dict(zip([cover.name for cover in covers], (0.3, 0.3, 0.3, 0.4, 0.4, 0.2), strict=True))
+        dict(zip([cover.name for cover in covers], (0.3, 0.3, 0.3, 0.4, 0.42, 0.2), strict=True))
     )
 
 
 def test_versions_can_be_chosen_and_none_of_the_held_out_images_is_learned_from(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = blobs(60, size=(16, 16))
+    images = blobs(58, size=(16, 16))  # every fifth of all versions would be others in the second
     versions = Versions((Cover(10, 16), Cover(11, 16)))
     asked: list[tuple[list[str], list[str], int]] = []
 
@@ -112,12 +115,12 @@ def test_versions_can_be_chosen_and_none_of_the_held_out_images_is_learned_from(
         return learn(train, test, replace(learner, epochs=1), **given)
 
     monkeypatch.setattr(module, "learn", watch)
-    monkeypatch.setattr(module, "accuracy", lambda model, view, runtime: len(asked) / 9)  # the last one wins
+    monkeypatch.setattr(module, "accuracy", lambda model, view, runtime: 0.5)
     job = Job(runtime=runtime)
-    recovered = Auto((Nothing(), versions), learner=LEARNER).recover(images, job)
+    recovered = Auto((versions, Nothing()), learner=LEARNER).recover(images, job)
     assert job.facts["chosen"] == "versions"
     assert torch.equal(recovered.pixels, versions.recover(images, Job(runtime=runtime)).pixels)
-    (plain, held, _), (several, held_several, epochs) = asked
+    (several, held_several, epochs), (plain, held, _) = asked
     assert epochs == LEARNER.epochs // 2
     assert not {*plain} & {*held} and len(held) == 12
     for learned, every in ((several, plain), (held_several, held)):
@@ -151,10 +154,8 @@ def test_with_a_prior_there_is_one_candidate_more() -> None:
     without, with_prior = create_recovery("auto"), create_recovery("auto", prior="somewhere")
     assert isinstance(without, Auto)
     assert isinstance(with_prior, Auto)
-    assert [one.name for one in with_prior.candidates] == [
-        *(one.name for one in without.candidates),
-        "purify-gently",
-    ]
+    names = [one.name for one in with_prior.candidates]
+    assert names == ["versions", "purify-gently", *(one.name for one in without.candidates[1:])]
 
 
 def test_a_killed_choice_keeps_what_it_has_measured(runtime: Runtime, tmp_path: Path) -> None:

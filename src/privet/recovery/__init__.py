@@ -77,8 +77,8 @@ NUMBERED: dict[str, tuple[Callable[[float], Recovery], float, float]] = {
     "adversarial": (AdversarialTraining, 0.01, 255),
 }
 WHOLE = ("jpeg", "bitdepth", "dvae")
-# Among which `auto` chooses; the last one where there is a prior.
-CANDIDATES = ("none", "grayscale", "jpeg-10", "projection", "coin", "versions", "purify-gently")
+# Among which `auto` chooses, by what they bring back on average; the second one where there is a prior.
+CANDIDATES = ("versions", "purify-gently", "jpeg-10", "grayscale", "projection", "coin", "none")
 
 # What `versions` are; the last one where there is a prior.
 VERSIONS = ("jpeg-10", "jpeg-10+grayscale", "purify-gently+grayscale")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,13 +30,12 @@ class Auto(Recovery):
     is always right. But a shortcut that one recovery leaves is seldom left by all of them, and what
     the images show is. So every candidate recovers a sample of the protected images; a small network
     learns from four fifths of it, and is asked about the last fifth as each of the others recovers it.
-    The lower quartile of these accuracies is the candidate's score, and the highest score wins.
-
-    Not their mean: candidates that leave the same shortcut would vote for each other. Not the lowest: a
-    candidate that ruins images would decide alone.
+    The lower quartile of these accuracies is the candidate's score. Not their mean: candidates that leave
+    the same shortcut would vote for each other. Not the lowest: a candidate that ruins images would decide
+    alone. Of those within a standard error of the highest score the first is chosen.
 
     Attributes:
-        candidates: recoveries that change training images alone.
+        candidates: recoveries that change training images alone, the most trusted first.
         images: of the sample, at most.
         learner: the small network, and how it learns.
     """
@@ -60,7 +60,9 @@ class Auto(Recovery):
 
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         scores = self._scores(images, job)
-        chosen = max(self.candidates, key=lambda candidate: scores[candidate.name])
+        highest, asked = max(scores.values()), -(-min(len(images), self.images) // HELD_OUT)
+        enough = highest - math.sqrt(highest * (1 - highest) / asked)
+        chosen = next(candidate for candidate in self.candidates if scores[candidate.name] >= enough)
         own = replace(job, workspace=job.file(chosen.name), facts={})
         recovered = chosen.recover(images, own)
         job.facts |= {**own.facts, "chosen": chosen.name, "scores": scores}
