@@ -155,7 +155,7 @@ def test_impossible_learners_are_refused() -> None:
 def test_places_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UsageError, match="Unknown device 'tpu'; expected auto, cpu or cuda"):
         Runtime.find("tpu")
-    with pytest.raises(UsageError, match="Unknown precision 'int8'; expected one of bf16, float32"):
+    with pytest.raises(UsageError, match="Unknown precision 'int8'; expected one of auto, bf16, float32"):
         Runtime.find("cpu", "int8")
     assert Runtime.find("cpu", "float32") == Runtime(device=torch.device("cpu"), precision="float32")
 
@@ -197,6 +197,28 @@ def test_fine_tuning_starts_from_given_weights(runtime: Runtime, tmp_path: Path,
     folder = make_folder(blobs(24))
     with pytest.raises(InputError, match="There is no weights file"):
         study(folder, folder, replace(TINY, weights=tmp_path / "absent"), tmp_path / "out", runtime=runtime)
+
+
+@pytest.mark.parametrize(
+    ("processor", "library", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, True, "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, True, "bf16"),
+        ({"neon": True, "bf16": True}, True, "bf16"),
+        ({"neon": True, "bf16": True}, False, "float32"),  # as on a Mac: torch has no kernels for it there
+        (None, True, "float32"),  # a torch that does not tell
+    ],
+)
+def test_networks_run_in_bf16_only_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, processor: dict[str, bool] | None, library: bool, expected: str
+) -> None:
+    if processor is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
+    assert Runtime.find("cpu").precision == expected
+    assert Runtime.find("cpu", "bf16").precision == "bf16"
 
 
 def test_bf16_learns_too() -> None:

@@ -51,11 +51,14 @@ def _core() -> list[tuple[bool | None, str, str]]:
             *checks,
             (False, "torch", f"does not import ({error}); install it: pip install torch"),
         ]
+    from privet.learning.runtime import multiplies_bf16
+
     checks.append((True, "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = "bf16" if multiplies_bf16(device) else "float32, as it does not multiply bf16"
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: give --precision float32"
-        checks.append((True, "device", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, {bf16}"))
+        checks.append((True, "device", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, {precision}"))
     else:
         built = (
             "this torch is built for CUDA but sees no GPU: check the driver"
@@ -66,7 +69,7 @@ def _core() -> list[tuple[bool | None, str, str]]:
             (
                 None,
                 "device",
-                f"CPU only ({torch.backends.cpu.get_cpu_capability()}); {built}. Use --preset cpu",
+                f"CPU only ({torch.backends.cpu.get_cpu_capability()}, {precision}); {built}. Use --preset cpu",
             )
         )
     return checks

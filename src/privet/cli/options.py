@@ -31,13 +31,13 @@ class Machine:
     device
         auto, cpu or cuda.
     precision
-        bf16 or float32.
+        bf16, float32, or auto: bf16 where the device multiplies in it, else float32.
     compile
         Use torch.compile; worth it for long runs on a GPU.
     """
 
     device: str = "auto"
-    precision: str = "bf16"
+    precision: str = "auto"
     compile: bool = False
 
     def find(self) -> Runtime:

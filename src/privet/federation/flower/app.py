@@ -9,7 +9,7 @@
     nodes     how many to wait for
     size      side in pixels at which the network sees the images
     device    auto, cpu or cuda
-    precision bf16 or float32
+    precision auto, bf16 or float32
 
 and everything of `Plan`, with hyphens.
 """
@@ -102,4 +102,4 @@ def _text(config: Mapping[str, Any], key: str) -> str:
 
 def _runtime(context: Context) -> Runtime:
     config = context.run_config
-    return Runtime.find(str(config.get("device", "auto")), str(config.get("precision", "bf16")))
+    return Runtime.find(str(config.get("device", "auto")), str(config.get("precision", "auto")))
