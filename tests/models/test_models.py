@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.errors import InputError, MissingExtraError, UsageError
@@ -21,6 +22,7 @@ from privet.models import (
     save_model,
 )
 from privet.models.blocks import conv_bn
+from privet.models.resnet import Projection
 
 SMALL = (
     *("resnet8", "resnet10-w8", "resnet18-w8", "resnet50-w4", "resnet18-imagenet-w8"),
@@ -220,6 +222,21 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "m", model, ABOUT)
     with pytest.raises(InputError, match="holds NaN or infinity in conv1.weight"):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("inputs", [3, 4, 6, 8, 16])
+def test_shortcuts_and_their_gradients_are_those_of_a_strided_convolution(inputs: int) -> None:
+    shortcut = Projection(inputs, 2 * inputs, 2).eval()
+    shortcut.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(3, inputs, 16, 16).to(memory_format=torch.channels_last)
+    (weight,) = (value for name, value in shortcut.named_parameters() if name == "0.weight")
+    y = shortcut(x)
+    exact = weight.detach().double().requires_grad_()
+    strided = F.conv2d(x.double(), exact, stride=2) / (1 + 1e-5) ** 0.5  # batch norm begins with variance 1
+    torch.testing.assert_close(y.double(), strided, rtol=1e-5, atol=1e-5)
+    (slope,) = torch.autograd.grad(y.square().sum(), weight)
+    (expected,) = torch.autograd.grad(strided.square().sum(), exact)
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fine_tuning_keeps_the_head_that_does_not_fit(tmp_path: Path) -> None:

@@ -138,10 +138,11 @@ class Runtime:
 def multiplies_bf16(device: torch.device) -> bool:
     """Say whether a device multiplies bf16 itself; where torch imitates that, float32 is several times as fast."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # An older torch does not tell what a processor can do; there float32 is slower at worst.
     can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.backends.mkldnn.is_available() and bool(can.get("avx512_bf16") or can.get("bf16"))
+    kernels = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(kernels and (can.get("avx512_bf16") or can.get("bf16")))
 
 
 def describe_device(device: torch.device, threads: int) -> str:

@@ -107,12 +107,15 @@ class Projection(nn.Sequential):
     """A shortcut that changes width or resolution; a sequence, for torchvision's parameter names."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        # Of fewer than 8 channels last, oneDNN's AVX2 kernel gets the gradient of a strided 1x1 convolution's weights
+        # wrong, and writes past its buffer (github.com/uxlfoundation/oneDNN/issues/6035); so pixels are left out first.
+        self.step = stride if inputs < 8 else 1
+        super().__init__(conv1x1(inputs, outputs, stride // self.step), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         conv, bn = self
         assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
-        return conv_bn(x, conv, bn)
+        return conv_bn(x[..., :: self.step, :: self.step], conv, bn)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> Projection | None:
