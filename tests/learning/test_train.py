@@ -13,6 +13,7 @@ from tests.images.test_write import tree
 
 from privet.errors import InputError, OutputError, UsageError
 from privet.learning import Learner, Runtime, accuracy, learn, schedule, study
+from privet.learning.runtime import multiplies_bf16
 from privet.models import create_model, load_model
 
 Make = Callable[..., Path]
@@ -219,6 +220,11 @@ def test_networks_run_in_bf16_only_where_the_processor_multiplies_it(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
     assert Runtime.find("cpu").precision == expected
     assert Runtime.find("cpu", "bf16").precision == "bf16"
+
+
+def test_a_gpu_that_imitates_bf16_gets_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not multiplies_bf16(torch.device("cuda"))
 
 
 def test_bf16_learns_too() -> None:
