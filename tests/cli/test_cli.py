@@ -19,6 +19,7 @@ from privet.cli import main
 from privet.cli.protect import parse_settings
 from privet.errors import EXIT_CODES, UsageError
 from privet.images import open_images
+from privet.learning import Runtime
 from privet.protection import EM, SEM
 
 Make = Callable[..., Path]
@@ -248,7 +249,8 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_finds_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in ("python", f"{torch.__version__}", "memory", "disk", "privet[timm]"):
+    precision = Runtime.find().precision
+    for word in ("python", f"{torch.__version__}", precision, "memory", "disk", "privet[timm]"):
         assert word in out
 
 

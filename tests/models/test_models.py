@@ -224,11 +224,11 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "m")
 
 
-@pytest.mark.parametrize("inputs", [3, 4, 6, 8, 16])
+@pytest.mark.parametrize("inputs", [3, 4, 6, 8, 12, 16])
 def test_shortcuts_and_their_gradients_are_those_of_a_strided_convolution(inputs: int) -> None:
     shortcut = Projection(inputs, 2 * inputs, 2).eval()
     shortcut.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.rand(3, inputs, 16, 16).to(memory_format=torch.channels_last)
+    x = torch.rand(8, inputs, 64, 64).to(memory_format=torch.channels_last)
     (weight,) = (value for name, value in shortcut.named_parameters() if name == "0.weight")
     y = shortcut(x)
     exact = weight.detach().double().requires_grad_()

@@ -51,11 +51,10 @@ def _core() -> list[tuple[bool | None, str, str]]:
             *checks,
             (False, "torch", f"does not import ({error}); install it: pip install torch"),
         ]
-    from privet.learning.runtime import multiplies_bf16
+    from privet.learning import Runtime
 
+    precision = Runtime.find().precision
     checks.append((True, "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = "bf16" if multiplies_bf16(device) else "float32, as it does not multiply bf16"
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         checks.append((True, "device", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, {precision}"))

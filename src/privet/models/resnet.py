@@ -107,9 +107,10 @@ class Projection(nn.Sequential):
     """A shortcut that changes width or resolution; a sequence, for torchvision's parameter names."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        # Of fewer than 8 channels last, oneDNN's AVX2 kernel gets the gradient of a strided 1x1 convolution's weights
-        # wrong, and writes past its buffer (github.com/uxlfoundation/oneDNN/issues/6035); so pixels are left out first.
-        self.step = stride if inputs < 8 else 1
+        # For the weights' gradient of a strided 1x1 convolution of few channels, last, oneDNN writes past a buffer, and
+        # gets it wrong: of fewer than 8 with AVX2, of fewer than 16 with AVX-512, on larger images
+        # (github.com/uxlfoundation/oneDNN/issues/6035). So pixels are left out first.
+        self.step = stride if inputs < 16 else 1
         super().__init__(conv1x1(inputs, outputs, stride // self.step), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
