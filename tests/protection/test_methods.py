@@ -212,13 +212,14 @@ class TestEvery:
 
     def test_images_of_one_pixel_and_one_class(self, method: Protection, runtime: Runtime) -> None:
         images = ImageSet.from_arrays(torch.full((2, 3, 4, 4), 250, dtype=torch.uint8), torch.tensor([0, 0]))
-        if isinstance(method, TAP | UGE):
+        if isinstance(method, EM | SEM | TAP | UGE):
             with pytest.raises(InputError, match=f"{method.name} needs at least 2 classes"):
                 method.protect(images, job(runtime))
             return
         protected = method.protect(images, job(runtime))
         changes = compare_all(images.pixels, protected.pixels, ssim=False)
         assert not any(method.budget.excess(one, (4, 4), seen=(4, 4)) for one in changes)
+        assert not torch.equal(images.pixels, protected.pixels)
 
     def test_nothing_to_protect_is_an_error(self, method: Protection, runtime: Runtime) -> None:
         with pytest.raises(InputError, match="There is no image to protect"):
@@ -261,6 +262,12 @@ class TestThoseWithASurrogate:
         )
         assert further.written.ok == 6
         assert stages == {"perturbing", "writing"}
+        again, before = open_images(tmp_path / "second"), blobs(6, seed=1)
+        order = [before.names.index(name) for name in again.names]
+        noise = again.pixels.short() - before.pixels[order].short()
+        assert int(noise.abs().max()) == 8  # all of the budget, not what one round adds
+        if getattr(method, "mode", "sample") == "class":
+            assert float((noise[0] == noise[1]).float().mean()) > 0.9  # the rest was clipped at white
 
     def test_a_surrogate_of_other_classes_is_refused(
         self, method: Protection, runtime: Runtime, tmp_path: Path

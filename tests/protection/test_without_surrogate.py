@@ -89,6 +89,15 @@ def test_filters_name_the_class_of_written_ar_noise(runtime: Runtime, tmp_path: 
     assert float((named == protected.labels).float().mean()) > 0.95
 
 
+@pytest.mark.parametrize("size", [(40, 33), (224, 224)])
+def test_ar_noise_covers_larger_images_too(runtime: Runtime, size: tuple[int, int]) -> None:
+    images = ImageSet.from_arrays(torch.full((10, 3, *size), 128, dtype=torch.uint8), torch.arange(10))
+    delta = change(images, AR(), runtime)
+    for part in delta.split(32, 2):
+        for tile in part.split(32, 3):
+            assert float((tile != 0).any(1).float().mean((1, 2)).min()) > 0.8
+
+
 def test_ops_scores_are_those_of_the_definition() -> None:
     images = blobs(14, size=(3, 4))
     colours = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1]], dtype=torch.float64)

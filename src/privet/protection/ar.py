@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from privet.seeds import generator
 
 TAPS = 8  # a 3 x 3 window without its last pixel, which is the one to be predicted
 MARGIN = 4  # rows and columns that are thrown away, where the start still shows
+TILE = 32  # the side up to which a process is known to stay bounded
 LARGEST = 50.0  # a process that grows beyond this length is not used
 ROUNDS = 200  # of candidates
 
@@ -33,6 +35,9 @@ class AR(Protection):
     3 x 3 window, row by row. One convolution with the class's filter gives zero everywhere, so that
     networks find the class there first. Coefficients are drawn until the process stays bounded, and
     the filters of other classes respond to it.
+
+    Deviation: images above 32 px are covered with tiles of at most 32 px, equally strong, each from a start of
+    its own. What stays bounded on 32 px may grow on and on, so that all of the noise would lie in one corner.
 
     The budget is an L2 norm. A grey file gets the process of the first channel.
 
@@ -54,12 +59,24 @@ class AR(Protection):
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         taps = find_filters(images.classes, self.response, generator(job.seed, "filters")).numpy()
         length = 255 * self.budget.allowed(images.size, seen=images.size)
+        down, right = (math.ceil(side / TILE) for side in images.size)
+        height, width = math.ceil(images.size[0] / down), math.ceil(images.size[1] / right)
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
-            size = (images.size[0] + MARGIN, images.size[1] + MARGIN)
-            start = torch.randn(len(index), 3, *size, generator=randomness, device=randomness.device)
-            own = taps[images.labels[index].numpy()]
+            start = torch.randn(
+                len(index) * down * right,
+                3,
+                height + MARGIN,
+                width + MARGIN,
+                generator=randomness,
+                device=randomness.device,
+            )
+            own = taps[images.labels[index].repeat_interleave(down * right).numpy()]
             noise = torch.from_numpy(run(own, start.cpu().numpy()))[:, :, MARGIN:, MARGIN:]
+            if down * right > 1:
+                tiles = of_length(noise, 1.0).view(len(index), down, right, 3, height, width)
+                whole = tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(index), 3, down * height, right * width)
+                noise = whole[:, :, : images.size[0], : images.size[1]]
             grey = images.grey[index].view(-1, 1, 1, 1)
             noise = torch.where(grey, noise[:, :1], noise)
             return of_length(noise, length)
@@ -104,7 +121,7 @@ def find_filters(classes: int, response: float, draws: torch.Generator) -> Tenso
     for _ in range(ROUNDS):
         taps = torch.randn(600, 1, TAPS, generator=draws)
         taps /= taps.sum(2, keepdim=True)
-        start = torch.randn(600, 1, 36, 36, generator=draws)
+        start = torch.randn(600, 1, TILE + MARGIN, TILE + MARGIN, generator=draws)
         with np.errstate(over="ignore", invalid="ignore"):
             noise = torch.from_numpy(run(taps.numpy(), start.numpy()))[:, :, MARGIN:, MARGIN:]
         bounded = noise.flatten(1).square().sum(1).sqrt() <= LARGEST  # NaN is not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
-from privet.protection.minimise import Batch, Batches, Confine, minimise, pack, unpack
+from privet.protection.minimise import Batch, Batches, Confine, minimise, pack, refuse_one_class, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -38,7 +39,8 @@ class EM(Bounded):
     adversarial training.
 
     Deviations: stored noise is kept in steps of ε/127; in class-wise mode every image contributes,
-    where the authors use a fifth of them.
+    where the authors use a fifth of them. With the surrogate of an earlier run, further images (or, class-wise,
+    their classes) get noise of their own from zero.
 
     Attributes:
         mode: "sample" (each image its noise) or "class" (one noise for each class; robust to
@@ -93,15 +95,26 @@ class EM(Bounded):
                 raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
+        refuse_one_class(images, self.name)
         batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job)
-        if surrogate is not None:
+        # Rounds add up; where there are none, this many descents take noise from one end to the other.
+        crossing = math.ceil(2 * self.epsilon / self.step_size)
+        if surrogate is not None and self.mode == "sample":
 
             def fresh(index: Tensor, randomness: torch.Generator) -> Tensor:
                 batch = batches[index]
-                return self._improve(surrogate, batch, torch.zeros_like(batch.x), randomness, job) * 255
+                return (
+                    self._improve(surrogate, batch, torch.zeros_like(batch.x), crossing, randomness, job)
+                    * 255
+                )
 
             return fresh
-        stored = self._train(images, batches, job)
+        if surrogate is None:
+            stored = self._train(images, batches, job)
+        else:
+            stored = self._begin(images)
+            for round_ in range(crossing):
+                self._improve_stored(surrogate, images, batches, stored, round_, "perturbing", job)
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
             return unpack(stored[self._rows(images, index)], self.epsilon)
@@ -131,7 +144,8 @@ class EM(Bounded):
                 break
             self._train_surrogate(trained, optimizer, images, batches, stored, round_, job)
             runtime.agree(model)  # on class-wise noise, and on when to stop
-            errors.append(self._improve_stored(model, images, batches, stored, round_, job))
+            words = f"round {round_ + 1}: improving the noise"
+            errors.append(self._improve_stored(model, images, batches, stored, round_, words, job))
             last = round_ + 1 == self.max_rounds or errors[-1] < self.stop_error
             if path is not None and job.checkpoint_due(last):
                 save_checkpoint(
@@ -182,11 +196,13 @@ class EM(Bounded):
         batches: Batches,
         stored: Tensor,
         round_: int,
+        words: str,
         job: Job,
     ) -> float:
         """Do one pass over all images in place; return the surrogate's error on noisy images."""
         runtime, epsilon = job.runtime, self.epsilon / 255
         alone = self.mode == "class" or runtime.world == 1  # class-wise noise changes with every chunk
+        steps = 1 if self.mode == "class" else self.noise_steps
         wrong = torch.zeros((), device=runtime.device)
         for chunk, start in enumerate(range(0, len(images), CHUNK)):
             index = torch.arange(start, min(start + CHUNK, len(images)))
@@ -196,7 +212,7 @@ class EM(Bounded):
             noise = unpack(stored[self._rows(images, index)], epsilon).to(runtime.device)
             batch, randomness = batches[index], job.random("noise", round_, chunk)
             with frozen(model):
-                noise = self._improve(model, batch, noise, randomness, job)
+                noise = self._improve(model, batch, noise, steps, randomness, job)
                 with torch.no_grad(), runtime.autocast():
                     wrong += (model((batch.x + noise).clamp_(0, 1)).argmax(1) != batch.labels).sum()
             if self.mode == "class":
@@ -206,14 +222,20 @@ class EM(Bounded):
                 stored.copy_(torch.where(members.cpu() > 0, pack(mean, epsilon).cpu(), stored))
             else:
                 stored[index] = pack(noise, epsilon).cpu()
-            job.progress(f"round {round_ + 1}: improving the noise", start + len(index), len(images))
+            job.progress(words, start + len(index), len(images))
         if not alone:
             stored.copy_(runtime.sum(stored.to(runtime.device)).cpu())
             wrong = runtime.sum(wrong)
         return float(wrong) / len(images)
 
     def _improve(
-        self, model: nn.Module, batch: Batch, noise: Tensor, randomness: torch.Generator, job: Job
+        self,
+        model: nn.Module,
+        batch: Batch,
+        noise: Tensor,
+        steps: int,
+        randomness: torch.Generator,
+        job: Job,
     ) -> Tensor:
         size = batch.x.shape[2], batch.x.shape[3]
         return minimise(
@@ -222,7 +244,7 @@ class EM(Bounded):
             noise,
             epsilon=self.epsilon / 255,
             step_size=self.step_size / 255,
-            steps=1 if self.mode == "class" else self.noise_steps,
+            steps=steps,
             augmentation=augmentation_for(size, flip=self.flip) if self.views else None,
             views=max(1, self.views),
             confine=self._confine(),

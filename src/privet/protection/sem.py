@@ -18,7 +18,7 @@ from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
-from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
+from privet.protection.minimise import Batch, Batches, minimise, pack, refuse_one_class, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -105,6 +105,7 @@ class SEM(Bounded):
             raise UsageError(f"Expected a radius of 0 to 255 (in 1/255), got {self.radius}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
+        refuse_one_class(images, self.name)
         batches = Batches(images, job.runtime)
         model, stored = load_surrogate(images, job), None
         if model is None:

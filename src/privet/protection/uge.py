@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from privet.errors import InputError, UsageError
+from privet.errors import UsageError
 from privet.images.augment import augmentation_for
 from privet.images.image_set import ImageSet
 from privet.learning.chunks import CHUNK
@@ -21,7 +21,7 @@ from privet.protection.authorised import derangement, initial_weights
 from privet.protection.base import Bounded, Perturb
 from privet.protection.feature_space import train_space
 from privet.protection.keyed import Keyed
-from privet.protection.minimise import Batch, Batches
+from privet.protection.minimise import Batch, Batches, refuse_one_class
 from privet.protection.noise import Generated, Noise, Stored
 from privet.protection.objective import Objective
 from privet.protection.trajectory import Point, follow
@@ -175,8 +175,7 @@ class UGE(Keyed, Bounded):
         ]
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        if images.classes < 2:
-            raise InputError("uge needs at least 2 classes: it gives each image the features of another one.")
+        refuse_one_class(images, self.name)
         if job.surrogate is not None:
             raise UsageError(
                 "uge finds the noise of each image by training; no surrogate of another run helps."
