@@ -21,18 +21,9 @@ Make = Callable[..., Path]
 
 
 def launch(*arguments: str) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    command += ["--num_cpu_threads_per_process", "1", "--module", "privet", *arguments, "--device", "cpu"]
+    """Run privet in two processes; what `accelerate launch` does on several GPUs, it does not do without one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
+    command += ["privet", *arguments, "--device", "cpu"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -48,6 +39,7 @@ def test_two_processes_learn_one_network(tmp_path: Path, make_folder: Make) -> N
     assert out.count("on clean images after the last epoch") == 1
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["facts"]["last"] > 0.8
+    assert run["device"].endswith(", 2 processes")
 
 
 @pytest.mark.slow
@@ -72,6 +64,7 @@ def test_two_processes_protect_one_set(tmp_path: Path, make_folder: Make, method
     for name in ("a", "b"):
         out = tmp_path / name
         launch("protect", str(clean), "--out", str(out), "--method", method, *options)
+        assert json.loads((out / "run.json").read_text())["device"].endswith(", 2 processes")
         results.append(tree(out))
     assert results[0] == results[1]
     before, after = open_images(clean), open_images(tmp_path / "a")
@@ -107,6 +100,7 @@ def test_two_processes_recover_one_set(tmp_path: Path, make_folder: Make) -> Non
     for name in ("a", "b"):
         out = tmp_path / name
         launch("recover", str(protected), "--out", str(out), "--method", "dvae-4", "--precision", "float32")
+        assert json.loads((out / "run.json").read_text())["device"].endswith(", 2 processes")
         results.append(tree(out))
     assert results[0] == results[1]
     before, after = open_images(protected), open_images(tmp_path / "a")

@@ -48,7 +48,7 @@ def test_integers_keep_an_l2_budget_and_use_it(
     larger=st.tuples(st.integers(2, 40), st.integers(2, 40)),
     seed=st.integers(0, 99),
 )
-def test_a_larger_file_keeps_the_budget_too(
+def test_a_file_of_another_size_keeps_the_budget_too(
     norm: str, height: int, width: int, larger: tuple[int, int], seed: int
 ) -> None:
     budget = Budget(norm=norm, amount={"linf": 8, "l2": 1.0, "l0": 2}[norm])
@@ -63,6 +63,15 @@ def test_a_larger_file_keeps_the_budget_too(
     after = (before + found).clamp(0, 255).to(torch.uint8)
     (change,) = compare_all(before, after, ssim=False)
     assert budget.excess(change, larger, seen=(height, width)) is None
+    assert norm != "l0" or change.l0 > 0
+
+
+def test_a_pixel_is_as_many_rows_everywhere() -> None:
+    budget, delta = Budget(norm="l0", amount=1), torch.zeros(3, 32, 1, dtype=torch.int16)
+    for row in range(32):
+        delta.zero_()[:, row] = 9
+        changed = int((budget.enlarge(delta, (3488, 1)) != 0).any(0).sum())
+        assert changed == 109  # 3488 / 32, which float32 makes 110 of some
 
 
 def test_an_excess_is_said_in_its_norm() -> None:

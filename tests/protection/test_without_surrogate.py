@@ -161,6 +161,19 @@ def test_random_pixels_are_as_many_as_asked(runtime: Runtime, pixels: int) -> No
     assert (delta != 0).any(1).flatten(1).sum(1).tolist() == [pixels] * 20
 
 
+def test_random_pixels_are_as_many_as_asked_where_two_draw_the_same(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))
+    delta = change(grey_noise(4, 2, 8), RandomNoise(norm="l0", epsilon=2), runtime)
+    assert (delta != 0).any(1).flatten(1).sum(1).tolist() == [2] * 4
+
+
+def test_random_pixels_are_no_more_than_there_are(runtime: Runtime) -> None:
+    with pytest.raises(InputError, match="random cannot change 65 pixels of images that have 64"):
+        change(grey_noise(4, 2, 8), RandomNoise(norm="l0", epsilon=65), runtime)
+
+
 def test_random_noise_of_an_l2_budget_uses_it(runtime: Runtime) -> None:
     delta = change(grey_noise(5, 2), RandomNoise(norm="l2", epsilon=1.0), runtime) / 255
     assert 0.97 < float(delta.flatten(1).norm(dim=1).min()) <= 1
@@ -174,6 +187,7 @@ def test_random_noise_of_an_l2_budget_uses_it(runtime: Runtime) -> None:
         (lambda: AR(epsilon=-1), "Expected a positive budget, got -1"),
         (lambda: OPS(epsilon=0), "Expected a whole number of pixels, at least 1, got 0"),
         (lambda: CUDA(kernel=4), "cuda needs an odd kernel and a positive blur, got 4 and 0.3"),
+        (lambda: RandomNoise(norm="none"), "a norm of linf, l2 or l0, got 'none'"),
         (lambda: RandomNoise(norm="l3"), "Unknown norm 'l3'; expected one of linf, l2, l0, none"),
     ],
 )

@@ -91,12 +91,13 @@ class Budget:
         """Return a perturbation, (3, height, width), at another size, as integers within the budget.
 
         Linear interpolation never exceeds the values it lies between, and is shortened where that is
-        not enough; pixels of an "l0" budget become blocks.
+        not enough. Pixels of an "l0" budget become blocks, or stay pixels at a smaller size: none is lost unless
+        two of them fall on one.
         """
         if (delta.shape[1], delta.shape[2]) == size:
             return delta
         if self.norm == "l0":
-            return F.interpolate(delta[None].float(), size=size, mode="nearest")[0].to(delta.dtype)
+            return _nearest(_nearest(delta, size[0], 1), size[1], 2)
         larger = F.interpolate(delta[None].float(), size=size, mode="bilinear", align_corners=False)
         return self.fit(larger)[0].to(delta.dtype)
 
@@ -114,6 +115,20 @@ class Budget:
 
 
 UNBOUNDED = Budget(norm="none")
+
+
+def _nearest(delta: Tensor, side: int, dimension: int) -> Tensor:
+    """Return sparse perturbations, (3, height, width), with `side` rows (dimension 1) or columns (2)."""
+    count = delta.shape[dimension]
+    if side >= count:
+        return delta.index_select(dimension, torch.arange(side) * count // side)
+    shape = list(delta.shape)
+    shape[dimension] = side
+    smaller = delta.new_zeros(shape)
+    for line in range(count):
+        one, place = delta.select(dimension, line), smaller.select(dimension, line * side // count)
+        place.copy_(torch.where(one.any(0), one, place))
+    return smaller
 
 
 def of_length(delta: Tensor, length: float) -> Tensor:

@@ -76,7 +76,7 @@ def study(
         "test": clean.digest,
         "precision": runtime.precision,
         "compile": runtime.compile,
-        "device": describe_device(runtime.device, torch.get_num_threads()),
+        "device": describe_device(runtime.device, torch.get_num_threads(), runtime.world),
         "torch": torch.__version__,
     }
     finished = runtime.rank == 0 and claim(out, run)

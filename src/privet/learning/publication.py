@@ -89,7 +89,7 @@ def publish_changed(
         "gps": gps,
         "precision": runtime.precision,
         "compile": runtime.compile,
-        "device": describe_device(runtime.device, torch.get_num_threads()),
+        "device": describe_device(runtime.device, torch.get_num_threads(), runtime.world),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

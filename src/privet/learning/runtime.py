@@ -145,11 +145,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     return bool(kernels and (can.get("avx512_bf16") or can.get("bf16")))
 
 
-def describe_device(device: torch.device, threads: int) -> str:
+def describe_device(device: torch.device, threads: int, processes: int = 1) -> str:
     """Return in words what the exact bytes of a result depend on, beside the software."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    return name if processes == 1 else f"{name}, {processes} processes"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from privet.errors import InputError, UsageError
 from privet.images.budget import Budget, of_length
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
@@ -36,7 +37,17 @@ class RandomNoise(Protection):
     def budget(self) -> Budget:
         return Budget(norm=self.norm, amount=self.epsilon)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm == "none":
+            raise UsageError("random needs a budget to use up: a norm of linf, l2 or l0, got 'none'.")
+
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
+        if self.norm == "l0" and self.epsilon > images.size[0] * images.size[1]:
+            raise InputError(
+                f"random cannot change {self.epsilon:g} pixels of images that have {images.size[0] * images.size[1]}."
+            )
+
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
             shape = (len(index), *images.pixels.shape[1:])
             device = randomness.device
@@ -49,8 +60,10 @@ class RandomNoise(Protection):
             noise = torch.where(tie, noise[:, :1], noise)
             if self.norm == "linf":
                 return (2.0 * noise - 1.0) * self.epsilon
-            rank = torch.rand(shape[0], 1, *shape[2:], generator=randomness, device=device)
-            chosen = rank >= rank.flatten(1).topk(int(self.epsilon)).values[:, -1].view(-1, 1, 1, 1)
+            rank = torch.rand(shape[0], shape[2] * shape[3], generator=randomness, device=device)
+            places = rank.topk(int(self.epsilon)).indices  # not those above a bound: two may draw the same number
+            chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, places, True)
+            chosen = chosen.view(-1, 1, *shape[2:])
             return torch.where(chosen, 255.0 * noise - images.pixels[index].to(device), 0)
 
         return perturb

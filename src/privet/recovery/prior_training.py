@@ -118,7 +118,7 @@ def train_prior(
         "size": list(images.size),
         "crop": side,
         "precision": runtime.precision,
-        "device": describe_device(runtime.device, torch.get_num_threads()),
+        "device": describe_device(runtime.device, torch.get_num_threads(), runtime.world),
         "torch": torch.__version__,
     }
     finished = runtime.rank == 0 and claim(out, run)
