@@ -22,7 +22,15 @@ Make = Callable[..., Path]
 
 def launch(*arguments: str) -> str:
     """Run privet in two processes; what `accelerate launch` does on several GPUs, it does not do without one."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--module",
+    ]
     command += ["privet", *arguments, "--device", "cpu"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from privet.errors import InputError, OutputError
+from privet.errors import InputError, OutputError, UsageError
 
 RUN = "run.json"
 WORKSPACE = ".privet"
@@ -126,6 +126,22 @@ def claim(out: Path, run: Mapping[str, Any]) -> bool:
         raise OutputError(f"{out} holds other files. Choose an empty or a new folder.")
     write_json(out / WORKSPACE / RUN, description)
     return False
+
+
+@contextlib.contextmanager
+def released(out: Path) -> Iterator[None]:
+    """Give a claimed folder back if the block refuses the run before it has kept anything there.
+
+    So the same command without the typo is not refused for another run's folder.
+    """
+    try:
+        yield
+    except (UsageError, InputError):
+        with contextlib.suppress(OSError):
+            if [entry.name for entry in (out / WORKSPACE).iterdir()] == [RUN]:
+                shutil.rmtree(out / WORKSPACE)
+                out.rmdir()
+        raise
 
 
 def finish(out: Path, run: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from tests.images.test_write import tree
 import privet
 from privet.cli import main
 from privet.cli.protect import parse_settings
-from privet.errors import EXIT_CODES, UsageError
+from privet.errors import EXIT_CODES, OutputError, UsageError
+from privet.files import claim, released
 from privet.images import open_images
 from privet.learning import Runtime
 from privet.protection import EM, SEM
@@ -157,6 +158,21 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "occupied": (["protect", "{clean}", "--out", "{tmp}"], 7, "holds other files"),
     "device": (["protect", "{clean}", "--out", "{out}", "--device", "tpu"], 2, "Unknown device 'tpu'"),
     "size": (["protect", "{clean}", "--out", "{out}", "--size", "0"], 2, "Expected a size of at least 4"),
+    "limit": (
+        ["protect", "{clean}", "--out", "{out}", "--limit", "0"],
+        2,
+        "Expected a limit of at least 1 image",
+    ),
+    "not finite": (
+        ["protect", "{clean}", "--out", "{out}", "--set", "step_size=nan"],
+        2,
+        "sem needs step_size as a number of at least 0, got nan",
+    ),
+    "no step": (
+        ["protect", "{clean}", "--out", "{out}", "--set", "step_size=0"],
+        2,
+        "sem needs a positive step_size, got 0",
+    ),
     "surrogate": (
         ["protect", "{clean}", "--out", "{out}", "--surrogate", "{tmp}/none"],
         3,
@@ -199,6 +215,34 @@ def test_errors_are_one_message_and_a_stable_code(
     assert tree(clean) == before
     assert not list((tmp_path / "out").rglob("*.png"))
     assert code in EXIT_CODES
+
+
+def test_after_a_typo_the_right_command_goes_through(tmp_path: Path, make_folder: Make) -> None:
+    images, test, out = (
+        make_folder(blobs(12), "clean"),
+        make_folder(blobs(6, seed=1), "test"),
+        tmp_path / "out",
+    )
+    protect = ["protect", str(images), "--out", str(out), *QUICK]
+    learn = ["learn", str(images), "--test", str(test), "--out", str(tmp_path / "learner"), "--device", "cpu"]
+    for command, wrong, right in (
+        (protect, ["--set", "surrogate=cn-w4"], ["--set", "surrogate=cnn-w4"]),
+        (learn, ["--architecture", "cn-w4"], ["--architecture", "cnn-w4", "--epochs", "1"]),
+    ):
+        folder = Path(command[command.index("--out") + 1])
+        assert main([*command, *wrong]) == 2
+        assert not folder.exists()
+        assert main([*command, *right]) == 0
+
+
+def test_a_refusal_keeps_what_was_done(tmp_path: Path) -> None:
+    claim(tmp_path / "out", {"a": 1})
+    with pytest.raises(UsageError, match="too late"), released(tmp_path / "out"):
+        (tmp_path / "out/.privet/checkpoint.safetensors").write_bytes(b"hours")
+        raise UsageError("too late")
+    assert (tmp_path / "out/.privet/checkpoint.safetensors").exists()
+    with pytest.raises(OutputError, match="holds an unfinished run with another a"):
+        claim(tmp_path / "out", {"a": 2})
 
 
 def test_unforeseen_errors_ask_for_a_report(

@@ -116,11 +116,22 @@ def test_places_move_as_told() -> None:
     assert torch.allclose(done("translate x", 0.5)[:, :, :12], x[0, :, :, 4:], atol=1e-5)
     assert float(done("translate x", 0.5)[:, :, 12:].abs().max()) < 1e-6
     assert torch.allclose(done("translate y", -0.25)[:, 2:], x[0, :, :-2], atol=1e-5)
-    turned = tensor(picture(x[0]).rotate(30, Image.Resampling.BILINEAR))
-    assert float((done("rotate", 1.0) - turned).abs().mean()) < 0.02
     for name in OPERATIONS:
         if name not in ("auto contrast", "equalize", "posterize", "solarize"):
             assert torch.allclose(done(name, 0.0), x[0], atol=1e-5), name
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 40)])
+def test_turns_and_shears_are_pillows_on_images_of_any_shape(size: tuple[int, int]) -> None:
+    x, full = smooth(1, size), torch.ones(1, 1, 1, 1)
+    turned = tensor(picture(x[0]).rotate(30, Image.Resampling.BILINEAR))
+    assert float((OPERATIONS["rotate"](x, full)[0] - turned).abs().mean()) < 0.02
+    middle = (size[0] - 1) / 2
+    shear = (1, 0.3, -0.3 * (middle + 0.5), 0, 1, 0)
+    sheared = tensor(
+        picture(x[0]).transform(size[::-1], Image.Transform.AFFINE, shear, Image.Resampling.BILINEAR)
+    )
+    assert float((OPERATIONS["shear x"](x, full)[0] - sheared).abs().mean()) < 0.02
 
 
 def test_plasma_is_a_sum_of_ever_finer_grids() -> None:

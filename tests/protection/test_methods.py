@@ -285,6 +285,21 @@ class TestThoseWithASurrogate:
                 surrogate=tmp_path / "first/surrogate.safetensors",
             )
 
+    def test_a_surrogate_of_another_kind_is_refused(
+        self, method: Protection, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        other = TABLE["em" if isinstance(method, UCL) else "ucl"]
+        publish(blobs(9), other, tmp_path / "first", runtime=runtime)
+        surrogate = tmp_path / "first/surrogate.safetensors"
+        with pytest.raises(
+            InputError, match="learned with.* labels .*; this method needs one that learned with"
+        ):
+            publish(blobs(6), method, tmp_path / "second", runtime=runtime, surrogate=surrogate)
+        with pytest.raises(
+            UsageError, match=f"{method.name} needs a surrogate without 'simclr:', got 'simclr:cnn'"
+        ):
+            replace(method, surrogate="simclr:cnn")  # type: ignore[call-arg]
+
     def test_a_broken_surrogate_is_one_error(
         self, method: Protection, runtime: Runtime, tmp_path: Path
     ) -> None:
@@ -293,18 +308,23 @@ class TestThoseWithASurrogate:
             publish(blobs(6), method, tmp_path / "out", runtime=runtime, surrogate=tmp_path / "x.safetensors")
 
 
+def test_a_surrogate_for_a_method_without_one_is_refused(runtime: Runtime, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ops needs no surrogate: leave it out"):
+        publish(blobs(6), OPS(), tmp_path / "out", runtime=runtime, surrogate=tmp_path / "absent")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rogue(Bounded):
     """A method that respects nothing."""
 
-    value: float = 50.0
+    value: str = "50"  # settings that are numbers must be finite
     channels: int = 3
 
     name: ClassVar[str] = "rogue"
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
-            noise = torch.full((len(index), self.channels, *images.size), self.value)
+            noise = torch.full((len(index), self.channels, *images.size), float(self.value))
             return noise + torch.arange(self.channels).view(1, -1, 1, 1)
 
         return perturb
@@ -313,14 +333,14 @@ class Rogue(Bounded):
 def test_no_method_can_leave_the_budget(runtime: Runtime) -> None:
     for grey in (False, True):
         images = blobs(4, grey=grey)
-        change = difference(images, Rogue(value=50.0).protect(images, job(runtime)))
+        change = difference(images, Rogue(value="50").protect(images, job(runtime)))
         assert int(change.abs().max()) == 8
-        tied = difference(images, Rogue(value=1.3, epsilon=2).protect(images, job(runtime)))
+        tied = difference(images, Rogue(value="1.3", epsilon=2).protect(images, job(runtime)))
         assert torch.equal(tied[:, 0], tied[:, 2]) is grey
 
 
-@pytest.mark.parametrize("broken", [{"value": float("nan")}, {"value": float("inf")}, {"channels": 2}])
-def test_nonsense_from_a_method_is_one_error(runtime: Runtime, broken: dict[str, float]) -> None:
+@pytest.mark.parametrize("broken", [{"value": "nan"}, {"value": "inf"}, {"channels": 2}])
+def test_nonsense_from_a_method_is_one_error(runtime: Runtime, broken: dict[str, object]) -> None:
     with pytest.raises(BudgetError, match="rogue returned a perturbation of shape"):
         Rogue(**broken).protect(blobs(4), job(runtime))  # type: ignore[arg-type]
 
@@ -351,7 +371,9 @@ def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(UsageError, match="em needs max_rounds of at least 1, got 0"):
         EM(max_rounds=0)
     with pytest.raises(UsageError, match="Expected a radius of 0 to 255"):
-        REM(radius=-1)
+        REM(radius=256)
+    with pytest.raises(UsageError, match="rem needs attack_steps as a number of at least 0, got -1"):
+        REM(attack_steps=-1)
 
 
 @pytest.mark.parametrize("name", ["em class-wise", "ucl class-wise"])

@@ -101,13 +101,13 @@ def test_ar_noise_covers_larger_images_too(runtime: Runtime, size: tuple[int, in
 def test_ops_scores_are_those_of_the_definition() -> None:
     images = blobs(14, size=(3, 4))
     colours = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1]], dtype=torch.float64)
-    found = scores(images, colours)
+    found = list(scores(images, colours))
     for label in range(3):
         x = images.pixels[images.labels == label].double().numpy() / 255
         for number, colour in enumerate(colours.numpy()):
             distance = np.abs(colour[None, :, None, None] - x)
             expected = distance.mean((0, 1)) / distance.std((0, 1))
-            assert np.allclose(found[label, number].view(3, 4).numpy(), expected)
+            assert np.allclose(found[label][number].view(3, 4).numpy(), expected)
 
 
 def test_ops_sets_one_pixel_of_one_colour_for_each_class(runtime: Runtime) -> None:
@@ -130,7 +130,7 @@ def test_ops_takes_the_best_pixel_and_no_pixel_twice(runtime: Runtime) -> None:
     images = ImageSet.from_arrays(torch.cat((one, one)), torch.arange(16) // 8)  # both classes want the same
     protected = OPS().protect(images, Job(runtime=runtime)).pixels
     colours = torch.tensor([[n >> 2 & 1, n >> 1 & 1, n & 1] for n in range(8)], dtype=torch.float64)
-    best = scores(images, colours)[0].max(0).values.argsort(descending=True)  # of each position
+    best = next(scores(images, colours)).max(0).values.argsort(descending=True)  # of each position
     places = (protected != images.pixels).any(1).flatten(1).int().argmax(1)
     assert places.tolist() == [int(best[0])] * 8 + [int(best[1])] * 8
 
@@ -186,7 +186,11 @@ def test_random_noise_of_an_l2_budget_uses_it(runtime: Runtime) -> None:
         (lambda: LSP(epsilon=0), "Expected a positive budget, got 0"),
         (lambda: AR(epsilon=-1), "Expected a positive budget, got -1"),
         (lambda: OPS(epsilon=0), "Expected a whole number of pixels, at least 1, got 0"),
-        (lambda: CUDA(kernel=4), "cuda needs an odd kernel and a positive blur, got 4 and 0.3"),
+        (lambda: CUDA(kernel=4), "cuda needs an odd kernel of at least 3 and a positive blur, got 4 and"),
+        (lambda: CUDA(kernel=1), "cuda needs an odd kernel of at least 3"),
+        (lambda: LSP(separation=float("nan")), "lsp needs separation as a number of at least 0, got nan"),
+        (lambda: AR(epsilon=float("inf")), "ar needs epsilon as a number of at least 0, got inf"),
+        (lambda: AR(response=-0.1), "ar needs response as a number of at least 0, got -0.1"),
         (lambda: RandomNoise(norm="none"), "a norm of linf, l2 or l0, got 'none'"),
         (lambda: RandomNoise(norm="l3"), "Unknown norm 'l3'; expected one of linf, l2, l0, none"),
     ],

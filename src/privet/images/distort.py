@@ -129,12 +129,15 @@ def sharpness(x: Tensor, strength: Tensor) -> Tensor:
 
 
 def _affine(place: Callable[[Tensor], tuple[Tensor | float, ...]]) -> Operation:
-    """Return the operation that fetches (x, y), each from -1 to 1, from (a x + b y + c, d x + e y + f)."""
+    """Return the operation that fetches (x, y) from (a x + b y + c, d x + e y + f), c and f in half sides."""
 
     def move(x: Tensor, strength: Tensor) -> Tensor:
         s = strength.view(-1)
         entries = [entry if isinstance(entry, Tensor) else torch.full_like(s, entry) for entry in place(s)]
         matrix = torch.stack(entries, 1).view(-1, 2, 3)
+        # The grid counts in half sides, a turn in pixels.
+        height, width = x.shape[2:]
+        matrix = matrix * matrix.new_tensor(((1, height / width, 1), (width / height, 1, 1)))
         grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

@@ -54,7 +54,10 @@ def open_images(
 
     Raises:
         InputError: nothing can be used; the message says what was expected.
+        UsageError: a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"Expected a limit of at least 1 image, got {limit}.")
     found = find_images(source, split=split)
     skipped = list(found.skipped)
     total = len(found.items)

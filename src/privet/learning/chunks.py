@@ -33,11 +33,12 @@ def change_in_chunks(images: ImageSet, job: Job, prepare: Callable[[], Change], 
         purpose: names the random numbers and the stage, as in "perturb" and "perturbing".
     """
     runtime = job.runtime
-    pixels, done = _output(images, job) if runtime.rank == 0 else (torch.empty_like(images.pixels), 0)
+    done = _done(job) if runtime.rank == 0 else 0
     done = int(runtime.sum(torch.tensor(done, device=runtime.device)))
     starts = range(0, len(images), CHUNK)
-    if done < len(starts):
-        change = prepare()
+    change = prepare() if done < len(starts) else None
+    pixels = _output(images, job, done) if runtime.rank == 0 else torch.empty_like(images.pixels)
+    if change is not None:
         world, rank = runtime.world, runtime.rank
         for first in range(done, len(starts), world):
             chunks = range(first, min(first + world, len(starts)))
@@ -58,23 +59,27 @@ def change_in_chunks(images: ImageSet, job: Job, prepare: Callable[[], Change], 
     return pixels
 
 
-def _output(images: ImageSet, job: Job) -> tuple[Tensor, int]:
-    """Return the pixels to fill, in the workspace if there is one, and how many chunks are done."""
+def _done(job: Job) -> int:
+    """Return how many chunks an earlier call has done, and take over what it found out."""
+    record, path = job.file("changed.json"), job.file("changed.npy")
+    if record is None or path is None or not (record.exists() and path.exists()):
+        return 0
+    earlier = json.loads(record.read_text())
+    job.facts.update(earlier["facts"])
+    return int(earlier["chunks"])
+
+
+def _output(images: ImageSet, job: Job, done: int) -> Tensor:
+    """Return the pixels to fill, in the workspace if there is one, with what is done of them."""
     path = job.file("changed.npy")
     if path is None:
-        return torch.empty_like(images.pixels), 0
+        return torch.empty_like(images.pixels)
     count, channels, height, width = images.pixels.shape
     shape = (count, height, width, channels)
-    record = job.file("changed.json")
-    done = 0
-    if record is not None and record.exists() and path.exists():
-        earlier = json.loads(record.read_text())
-        done = int(earlier["chunks"])
-        job.facts.update(earlier["facts"])
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = "r+" if done else "w+"
     array = np.lib.format.open_memmap(path, mode=mode, dtype=np.uint8, shape=None if done else shape)
-    return torch.from_numpy(array).permute(0, 3, 1, 2), done
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
 def _record(job: Job, done: int, total: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from privet.errors import InputError
-from privet.files import RUN, WORKSPACE, claim, finish, read_json
+from privet.files import RUN, WORKSPACE, claim, finish, read_json, released
 from privet.images import ImageSet, align, open_images
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.train import Epoch, Learned, Learner, learn
@@ -85,15 +85,16 @@ def study(
         model, _ = load_model(out / WEIGHTS)
         history = read_json(out / RUN)["facts"]["history"]
         return Learned(model=model, history=tuple(Epoch(**epoch) for epoch in history))
-    learned = learn(
-        images,
-        clean,
-        learner,
-        runtime=runtime,
-        seed=seed,
-        checkpoint=out / WORKSPACE / "checkpoint.safetensors",
-        progress=progress,
-    )
+    with released(out):
+        learned = learn(
+            images,
+            clean,
+            learner,
+            runtime=runtime,
+            seed=seed,
+            checkpoint=out / WORKSPACE / "checkpoint.safetensors",
+            progress=progress,
+        )
     if runtime.rank == 0:
         about = SavedModel(
             architecture=learner.architecture.removeprefix(PREFIX),  # the probe is its last layer

@@ -12,7 +12,7 @@ import numpy
 import PIL
 import torch
 
-from privet.files import RUN, WORKSPACE, claim, finish, read_json, read_lines, write_bytes
+from privet.files import RUN, WORKSPACE, claim, finish, read_json, read_lines, released, write_bytes
 from privet.images.budget import UNBOUNDED, Budget
 from privet.images.image_set import ImageSet
 from privet.images.source import MANIFEST
@@ -101,7 +101,8 @@ def publish_changed(
         return Publication(out=out, written=written, run=read_json(out / RUN))
     runtime.wait()
     job.workspace = out / WORKSPACE
-    changed = change()
+    with released(out):
+        changed = change()
     if runtime.rank > 0:
         return Publication(out=out, written=Written(records=()), run={**run, "facts": job.facts})
     if len(changed) > len(images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from privet.images.image_set import ImageSet
 from privet.images.similarity import compare_all
 from privet.learning.chunks import CHUNK, Change, change_in_chunks
 from privet.learning.job import Job
+from privet.models.projection import PREFIX
 
 Perturb = Callable[[Tensor, torch.Generator], Tensor]
 """Maps positions in the image set, (batch,), to perturbations, (batch, 3, height, width), in 1/255."""
@@ -34,7 +36,22 @@ class Protection(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "cpu": {}}
 
     def __post_init__(self) -> None:
-        self.budget  # noqa: B018 - an impossible one is refused now, not after hours
+        """Refuse now what could not work after hours, or would do nothing.
+
+        Raises:
+            UsageError: an impossible budget, or a number that no method can use.
+        """
+        self.budget  # noqa: B018
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{self.name} needs {field.name} as a number of at least 0, got {value}.")
+            if field.name == "surrogate" and value.startswith(PREFIX):
+                raise UsageError(f"{self.name} needs a surrogate without {PREFIX!r}, got {value!r}.")
+            if field.name in ("learning_rate", "step_size") and value == 0:
+                raise UsageError(
+                    f"{self.name} needs a positive {field.name}, got 0: nothing would ever change."
+                )
 
     @property
     @abstractmethod
@@ -71,10 +88,13 @@ class Protection(ABC):
 
         Raises:
             InputError: images that the method cannot work on.
+            UsageError: a surrogate for a method that has none.
             BudgetError: the method returned NaN or another shape, or its bytes leave the budget.
         """
         if len(images) == 0:
             raise InputError("There is no image to protect.")
+        if job.surrogate is not None and not hasattr(self, "surrogate"):
+            raise UsageError(f"{self.name} needs no surrogate: leave it out.")
 
         def prepare() -> Change:
             perturb = self._perturb(images, job)

@@ -40,9 +40,9 @@ class CUDA(Protection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel < 1 or self.kernel % 2 == 0 or self.blur <= 0:
+        if self.kernel < 3 or self.kernel % 2 == 0 or self.blur <= 0:
             raise UsageError(
-                f"cuda needs an odd kernel and a positive blur, got {self.kernel} and {self.blur}."
+                f"cuda needs an odd kernel of at least 3 and a positive blur, got {self.kernel} and {self.blur}."
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,20 +77,20 @@ class OPS(Protection):
         return perturb
 
 
-def scores(images: ImageSet, colours: Tensor) -> Tensor:
-    """Return the objective for each class, colour and position, (classes, colours, height * width)."""
+def scores(images: ImageSet, colours: Tensor) -> Iterator[Tensor]:
+    """Yield the objective for each colour and position, (colours, height * width), of one class after the other."""
     height, width = images.size
     first = torch.zeros(images.classes, 3, height * width, dtype=torch.float64)
     second = torch.zeros_like(first)
-    for start in range(0, len(images), 8 * CHUNK):
-        part = slice(start, start + 8 * CHUNK)
+    for start in range(0, len(images), CHUNK):
+        part = slice(start, start + CHUNK)
         x = images.pixels[part].double().flatten(2) / 255
         first.index_add_(0, images.labels[part], x)
         second.index_add_(0, images.labels[part], x * x)
-    count = images.labels.bincount(minlength=images.classes).clamp(min=1).view(-1, 1, 1)
-    first, second = first / count, second / count
-    # |1 - x| = 1 - x and |0 - x| = x, so moments of the pixels give moments of the distances.
-    ones = colours.view(1, -1, 3, 1)
-    mean = (ones + (1 - 2 * ones) * first.unsqueeze(1)).mean(2)
-    square = (ones * (1 - 2 * first.unsqueeze(1)) + second.unsqueeze(1)).mean(2)
-    return mean / (square - mean * mean).clamp(min=1e-12).sqrt()
+    counts = images.labels.bincount(minlength=images.classes).clamp(min=1)
+    ones = colours.unsqueeze(2)
+    for count, total, squares in zip(counts, first, second, strict=True):
+        # |1 - x| = 1 - x and |0 - x| = x, so moments of the pixels give moments of the distances.
+        mean = (ones + (1 - 2 * ones) * (total / count)).mean(1)
+        square = (ones * (1 - 2 * (total / count)) + squares / count).mean(1)
+        yield mean / (square - mean * mean).clamp(min=1e-12).sqrt()

@@ -61,7 +61,9 @@ class RandomNoise(Protection):
             if self.norm == "linf":
                 return (2.0 * noise - 1.0) * self.epsilon
             rank = torch.rand(shape[0], shape[2] * shape[3], generator=randomness, device=device)
-            places = rank.topk(int(self.epsilon)).indices  # not those above a bound: two may draw the same number
+            places = rank.topk(
+                int(self.epsilon)
+            ).indices  # not those above a bound: two may draw the same number
             chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, places, True)
             chosen = chosen.view(-1, 1, *shape[2:])
             return torch.where(chosen, 255.0 * noise - images.pixels[index].to(device), 0)

@@ -8,6 +8,7 @@ from privet.errors import InputError
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
 from privet.models import SavedModel, load_model, save_model
+from privet.models.projection import PREFIX
 from privet.protection.base import Protection
 
 FILE = "surrogate.safetensors"
@@ -29,15 +30,26 @@ def save_surrogate(
         save_model(path, model, about)
 
 
-def load_surrogate(images: ImageSet, job: Job) -> nn.Module | None:
+def load_surrogate(images: ImageSet, job: Job, *, contrastive: bool = False) -> nn.Module | None:
     """Return the surrogate that the job names, frozen, or None if it names none.
 
+    Args:
+        images: what is to be protected.
+        job: names it.
+        contrastive: whether it must have learned without labels, or else with them.
+
     Raises:
-        InputError: it cannot be read, or knows other classes than the images have.
+        InputError: it cannot be read, knows other classes than the images have, or is of the other kind.
     """
     if job.surrogate is None:
         return None
     model, about = load_model(job.surrogate)
+    if about.architecture.startswith(PREFIX) is not contrastive:
+        kinds = ("with labels (em, sem, rem, tap)", "without labels (ucl, tue)")
+        raise InputError(
+            f"{job.surrogate} learned {kinds[not contrastive]}; this method needs one that learned "
+            f"{kinds[contrastive]}."
+        )
     if about.class_names != images.class_names:
         raise InputError(
             f"{job.surrogate} was trained on the classes {list(about.class_names)}, but these images have "

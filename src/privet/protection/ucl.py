@@ -60,7 +60,7 @@ class UCL(Bounded):
     Attributes:
         surrogate: architecture of f; its last layer becomes a projection head.
         class_rounds: rounds on class-wise noise.
-        class_steps: surrogate steps, and batches whose noise descends once, in each of them.
+        class_steps: surrogate steps, and batches whose noise descends once (or all, if there are fewer), in each.
         rounds: rounds on sample-wise noise; 0 for class-wise noise.
         train_steps: surrogate steps in each of them; the noise of every image then descends.
         batch_size: images a step, of which each meets the others.
@@ -108,7 +108,7 @@ class UCL(Bounded):
             )
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job)
+        batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job, contrastive=True)
         if surrogate is not None:
             noise = self._start(images, "sample", job)
             crossing = math.ceil(2 * self.epsilon / self.step_size)  # steps from one end to the other

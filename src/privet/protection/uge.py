@@ -176,10 +176,6 @@ class UGE(Keyed, Bounded):
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         refuse_one_class(images, self.name)
-        if job.surrogate is not None:
-            raise UsageError(
-                "uge finds the noise of each image by training; no surrogate of another run helps."
-            )
         batches = Batches(images, job.runtime)
         noise = self._optimise(images, batches, job)
 
