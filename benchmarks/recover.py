@@ -238,17 +238,17 @@ class Bench:
         publish(self.clean, METHODS[protection].preset(self.table.preset), out, runtime=self.runtime)
         return self._read(out)
 
-    def recovered(self, protection: str, name: str) -> tuple[ImageSet, float | None]:
-        """Return recovered files, made now if they are not there, and the seconds that it took."""
+    def recovered(self, protection: str, name: str) -> tuple[ImageSet, float | None, dict[str, Any]]:
+        """Return recovered files, made now if they are not there, the seconds that it took, and its facts."""
         images, recovery = self.protected(protection), self.recovery(name)
         if recovery.trains or name == "none":
-            return images, None
+            return images, None, {}
         out = self.work / f"{self.kind}-{protection}-0-{name.replace(' ', '-')}"
         note, fresh, started = out.with_suffix(".seconds"), not out.exists(), time.perf_counter()
-        restore(images, recovery, out, runtime=self.runtime)
+        facts = restore(images, recovery, out, runtime=self.runtime).run["facts"]
         if fresh:  # what goes on after an interruption is not timed
             note.write_text(f"{time.perf_counter() - started:.2f}")
-        return self._read(out), float(note.read_text()) if note.exists() else None
+        return self._read(out), float(note.read_text()) if note.exists() else None, facts
 
     def recovery(self, name: str) -> Recovery:
         """Return a recovery, or a variant of the table's."""
@@ -258,12 +258,12 @@ class Bench:
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
         """Train one cell's learner; return its line for the results."""
-        images, seconds = self.recovered(cell.protection, cell.recovery)
+        images, seconds, facts = self.recovered(cell.protection, cell.recovery)
         recovery, started = self.recovery(cell.recovery), time.perf_counter()
         checkpoint = self.work / f"{self.kind}-{cell.protection}-{cell.recovery}-{cell.seed}.safetensors"
         learned = learn(
             images,
-            recovery.present(self.watched),
+            recovery.present(self.watched, facts),
             recovery.adapt(self.table.learner).for_versions(len(images) // self.table.images),
             runtime=self.runtime,
             seed=cell.seed,
@@ -272,7 +272,7 @@ class Bench:
         checkpoint.unlink(missing_ok=True)
         return {
             "cell": asdict(cell),
-            "last": accuracy(learned.model, recovery.present(self.test), runtime=self.runtime),
+            "last": accuracy(learned.model, recovery.present(self.test, facts), runtime=self.runtime),
             "best": learned.best.accuracy,
             "seconds": round(time.perf_counter() - started, 1),
             "recovery_seconds": seconds,

@@ -155,8 +155,9 @@ class Bench:
         """Train one cell's learner; return its line for the results."""
         images, noise_seconds = self.protected(cell.protection, cell.seed)
         recovery = create_recovery(cell.recovery, prior=self.prior)
-        images = recovery.recover(images, Job(runtime=self.runtime, seed=cell.seed))
-        test = recovery.present(self.test)
+        job = Job(runtime=self.runtime, seed=cell.seed)
+        images = recovery.recover(images, job)
+        test = recovery.present(self.test, job.facts)
         contrastive = cell.learner == "simclr"
         learner = self.table.contrastive if contrastive else self.table.supervised
         name = (PREFIX if contrastive else "") + self.table.architecture
@@ -175,7 +176,7 @@ class Bench:
         return {
             "cell": asdict(cell),
             **outcome(learned),
-            "clean_probe": self.probed(learned.model, recovery.present(self.clean), test)
+            "clean_probe": self.probed(learned.model, recovery.present(self.clean, job.facts), test)
             if contrastive
             else None,
             "seconds": round(time.perf_counter() - started, 1),

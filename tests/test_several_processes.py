@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ import torch
 
 from privet.images import open_images
 from privet.learning import Runtime
-from tests.conftest import blobs
+from privet.recovery import create_recovery, restore
+from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
 
 Make = Callable[..., Path]
@@ -98,6 +100,34 @@ def test_processes_agree_on_the_first_ones_means(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_agree, (tmp_path,), nprocs=2)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[5.0] * 3, [5.0] * 3, 5]
+
+
+def _restore(rank: int, folder: Path, reports: int) -> None:
+    where = (folder / f"meeting-{reports}").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    recovery = create_recovery("blur-1+jpeg-10")
+    shared = Runtime(device=torch.device("cpu"), rank=rank, world=2)
+    with contextlib.suppress(KeyboardInterrupt):
+        restore(
+            blobs(300),
+            recovery,
+            folder / "parts",
+            runtime=shared,
+            checkpoint_seconds=0,
+            progress=stop_after(reports),
+        )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reports", [1, 3])
+def test_two_processes_go_on_where_they_were_stopped(tmp_path: Path, runtime: Runtime, reports: int) -> None:
+    """What one has kept the other gets too: the next part of a chain works on all of it."""
+    for calls in (reports, 1000):
+        torch.multiprocessing.spawn(_restore, (tmp_path, calls), nprocs=2)
+    restore(blobs(300), create_recovery("blur-1+jpeg-10"), tmp_path / "whole", runtime=runtime)
+    whole, parts = open_images(tmp_path / "whole"), open_images(tmp_path / "parts")
+    assert parts.names == whole.names
+    assert torch.equal(parts.pixels, whole.pixels)
 
 
 @pytest.mark.slow

@@ -163,24 +163,34 @@ def test_doubts_about_files(change: dict[str, Any], flag: str, grave: bool) -> N
     assert verdict.grade == ("inconclusive" if grave else "holds")
 
 
-def test_a_recovery_that_does_not_repay_its_prior_is_flagged() -> None:
+@pytest.mark.parametrize(
+    ("recovery", "level", "prior", "flagged"),
+    [
+        ("projection+purify", 0.61, "prior", False),
+        ("projection+purify", 0.59, "prior", False),  # 2,000 test images do not tell 59 % from 60 %
+        ("projection+purify", 0.57, "prior", True),
+        ("versions", 0.5, "prior", True),
+        ("auto", 0.5, "prior", True),
+        ("versions", 0.5, None, False),  # they denoised with nothing
+        ("jpeg-10+grayscale", 0.5, "prior", False),
+    ],
+)
+def test_a_recovery_that_does_not_repay_its_prior_is_flagged(
+    recovery: str, level: float, prior: str | None, flagged: bool
+) -> None:
     grid = replace(PLAN, recoveries=("none", "jpeg-10", "grayscale"))
-
-    def flags(purify: float) -> list[str]:
-        def accuracy(cell: Cell) -> float:
-            if cell.data != "protected":
-                return 0.8
-            return {"none": 0.15, "jpeg-10": 0.6, "grayscale": 0.3, "projection+purify": purify}[
-                cell.recovery
-            ]
-
-        # A plan checks that its recoveries can be made, and there is no prior here.
-        object.__setattr__(grid, "recoveries", ("none", "jpeg-10", "grayscale", "projection+purify"))
-        return [flag.says for flag in audit(accuracy, grid=grid)[1] if flag.name == "worse-than-jpeg"]
-
-    assert flags(0.61) == []
-    (says,) = flags(0.59)
-    assert "projection+purify brings accuracy to 59.0%, and jpeg-10, which costs nothing, to 60.0%" in says
+    levels = {"none": 0.15, "jpeg-10": 0.6, "grayscale": 0.3, "jpeg-10+purify": 0.7, recovery: level}
+    # A plan checks that its recoveries can be made, and there is no prior here.
+    object.__setattr__(grid, "recoveries", tuple(levels))
+    object.__setattr__(grid, "prior", prior)
+    found = audit(lambda cell: levels[cell.recovery] if cell.data == "protected" else 0.8, grid=grid)[1]
+    flags = [flag.says for flag in found if flag.name == "worse-than-jpeg"]
+    assert len(flags) == flagged
+    if flagged:
+        assert (
+            f"{recovery} brings accuracy to {level:.1%}, and jpeg-10, which costs nothing, to 60.0%"
+            in flags[0]
+        )
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.5))

@@ -18,7 +18,7 @@ from privet.files import read_json
 from privet.images import ImageSet
 from privet.learning import Job, Learned, Learner, Runtime, learn
 from privet.learning.chunks import Change
-from privet.recovery import Auto, Nothing, Recovery, Versions, create_recovery
+from privet.recovery import JPEG, Auto, Chain, Grayscale, Nothing, Recovery, Versions, create_recovery
 from privet.recovery import auto as module
 from privet.recovery.base import ImageRecovery
 
@@ -125,6 +125,20 @@ def test_versions_can_be_chosen_and_none_of_the_held_out_images_is_learned_from(
     assert not {*plain} & {*held} and len(held) == 12
     for learned, every in ((several, plain), (held_several, held)):
         assert {*learned} == {f"{name}-{part.name}" for name in every for part in versions.parts}
+
+
+@pytest.mark.parametrize("first", ["grayscale", "none"])
+def test_test_images_are_presented_as_the_choice_wants_them(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setattr(module, "accuracy", lambda model, view, runtime: 0.5)
+    pair = (Grayscale(), Nothing()) if first == "grayscale" else (Nothing(), Grayscale())
+    images, auto = blobs(12), Auto(pair, learner=replace(LEARNER, epochs=1))
+    for recovery in (auto, Chain((JPEG(90), auto))):
+        job = Job(runtime=runtime)
+        recovery.recover(images, job)
+        shown = recovery.present(images, job.facts).pixels
+        assert torch.equal(shown[:, 0], shown[:, 1]) is (first == "grayscale")
 
 
 def test_the_sample_bounds_what_is_tried(runtime: Runtime) -> None:

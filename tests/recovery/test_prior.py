@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.images.test_write import tree
 from torch import Tensor
 
 from privet.errors import InputError, UsageError
-from privet.images import ImageSet, compare_all
+from privet.images import ImageSet, compare_all, open_images
 from privet.learning import Job, Runtime
 from privet.recovery import (
     AVATAR,
@@ -80,7 +81,19 @@ def test_the_schedule_is_that_of_the_paper(folder: Path, runtime: Runtime) -> No
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     assert torch.allclose(prior.kept.double(), (1 - beta).cumprod(0), rtol=1e-4)
     assert prior.max_t == 250
-    assert prior.images == fingerprints(blobs(16, seed=5))
+    assert prior.images == frozenset().union(*fingerprints(blobs(16, seed=5)))
+
+
+def test_images_are_known_again_by_their_pixels_and_by_their_files(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(blobs(3))
+    here, smaller, arrays = open_images(folder), open_images(folder, size=4), blobs(3)
+    order = [arrays.names.index(name) for name in here.names]
+    for marks, small, bare in zip(
+        fingerprints(here), fingerprints(smaller), (fingerprints(arrays)[n] for n in order), strict=True
+    ):
+        assert len(marks & small) == len(marks & bare) == 1
+        assert not small & bare
+    assert fingerprints(here)[0].isdisjoint(fingerprints(here)[1])
 
 
 def test_diffusers_reads_what_is_written(folder: Path, runtime: Runtime) -> None:
@@ -395,6 +408,16 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         schedule.write_text(
             json.dumps({**json.loads(schedule.read_text()), "prediction_type": "v_prediction"})
         )
+    elif how in ("another schedule", "class names"):
+        path, change = {
+            "another schedule": (
+                copy / "scheduler/scheduler_config.json",
+                {"_class_name": "ScoreSdeVeScheduler"},
+            ),
+            "class names": (config, {"num_class_embeds": 10}),
+        }[how]
+        kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "beta_schedule"}
+        path.write_text(json.dumps(kept | change))
     elif how == "attention":
         about = json.loads(config.read_text())
         about["down_block_types"][1] = "AttnDownBlock2D"
@@ -422,6 +445,8 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         ("damaged record", "prior.json is not a record that 'privet prior train' wrote"),
         ("range", r"works on values in \[0.0, 1.0\]; expected \[-1.0, 1.0\]"),
         ("v prediction", "predicts 'v_prediction'; only noise predictors"),
+        ("another schedule", "has the noise schedule of ScoreSdeVeScheduler, without betas"),
+        ("class names", "wants to be told a class with each image; only unconditional priors"),
         ("attention", "knows images of 8 x 8 pixels only; these are 12 x 12"),
     ],
 )
@@ -431,6 +456,57 @@ def test_a_prior_that_does_not_fit_is_one_error(
     recovery = Purify(prior=str(broken(folder, tmp_path, how)))
     with pytest.raises(InputError, match=words):
         recovery.recover(blobs(2, size=(12, 12)), Job(runtime=runtime))
+
+
+def test_what_diffusers_called_attention_until_2023_is_understood(
+    folder: Path, tmp_path: Path, runtime: Runtime
+) -> None:
+    copy = broken(folder, tmp_path, "attention")
+    weights, images = copy / "unet/diffusion_pytorch_model.safetensors", blobs(2)
+    expected = Purify(prior=str(copy)).recover(images, Job(runtime=runtime)).pixels
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state, renamed = safetensors.torch.load_file(weights), {}
+    for name, value in state.items():
+        for now, then in old.items():
+            name = name.replace(f".{now}.", f".{then}.") if "attentions" in name else name
+        renamed[name] = value
+    assert renamed.keys() != state.keys()
+    safetensors.torch.save_file(renamed, weights)
+    assert torch.equal(Purify(prior=str(copy)).recover(images, Job(runtime=runtime)).pixels, expected)
+
+
+def test_a_schedule_without_signal_at_the_end_is_diffusers_own(
+    folder: Path, tmp_path: Path, runtime: Runtime
+) -> None:
+    from diffusers import DDPMScheduler
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    expected = DDPMScheduler.from_pretrained(copy / "scheduler").alphas_cumprod
+    assert torch.equal(load_prior(copy, runtime=runtime).kept, expected)
+
+
+@pytest.mark.parametrize("size", [(30, 22), (5, 7)])
+def test_sides_that_cannot_be_halved_are_learned_too(
+    runtime: Runtime, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    training = PriorTraining(scale="tiny", steps=2, batch_size=2)
+    assert train_prior(blobs(4, size=size), training, tmp_path / "out", runtime=runtime).about["loss"] > 0
+
+
+def test_a_training_that_diverges_ends_as_soon_as_it_is_seen(runtime: Runtime, tmp_path: Path) -> None:
+    training = PriorTraining(scale="tiny", steps=50, batch_size=4, learning_rate=1e30)
+    with pytest.raises(UsageError, match=r"no number any more after \d+ steps.* learning rate below 1e\+30"):
+        train_prior(blobs(8), training, tmp_path / "out", runtime=runtime, checkpoint_seconds=0)
+    assert not (tmp_path / "out/prior.json").exists()
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_learning_rate_that_teaches_nothing_is_refused(rate: float) -> None:
+    with pytest.raises(UsageError, match="A prior needs a positive learning rate"):
+        PriorTraining(learning_rate=rate)
 
 
 @pytest.mark.parametrize(

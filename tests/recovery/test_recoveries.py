@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from privet.errors import UsageError
 from privet.images import ImageSet, open_images
 from privet.learning import Job, Learner, Runtime
 from privet.learning import chunks as module
+from privet.learning.chunks import Change
 from privet.protection import LSP, OPS, publish
 from privet.recovery import (
     COIN,
@@ -36,6 +38,7 @@ from privet.recovery import (
     create_recovery,
     restore,
 )
+from privet.recovery.base import ImageRecovery
 
 Make = Callable[..., Path]
 
@@ -84,7 +87,8 @@ def test_every_recovery(name: str, runtime: Runtime) -> None:
     assert recovery.name == name
     images = blobs(6, size=(16, 20))
     before = images.pixels.clone()
-    first, second = (recovery.recover(images, Job(runtime=runtime)) for _ in range(2))
+    job = Job(runtime=runtime)
+    first, second = recovery.recover(images, job), recovery.recover(images, Job(runtime=runtime))
     assert torch.equal(images.pixels, before)
     assert torch.equal(first.pixels, second.pixels)
     assert first.pixels.dtype == torch.uint8
@@ -97,7 +101,7 @@ def test_every_recovery(name: str, runtime: Runtime) -> None:
     if name.split("-")[0] in ALONE:
         one = recovered(recovery, images.subset([4]), runtime)
         assert torch.equal(one[0], first.pixels[4])  # whatever else is in the set
-    assert recovery.present(images).size == images.size
+    assert recovery.present(images, job.facts).size == images.size
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -155,7 +159,7 @@ def test_versions_are_all_there_and_take_as_many_steps(runtime: Runtime, tmp_pat
     assert torch.equal(found.labels, images.labels.repeat(2))
     assert Learner(epochs=21).for_versions(2) == Learner(epochs=10)
     assert Learner(epochs=1).for_versions(2) == Learner(epochs=1)
-    assert versions.present(images) is images
+    assert versions.present(images, {}) is images
     restore(images, versions, tmp_path / "out", runtime=runtime)
     again = open_images(tmp_path / "out")
     assert set(again.names) == set(found.names) and len(again) == 10
@@ -165,6 +169,11 @@ def test_versions_are_all_there_and_take_as_many_steps(runtime: Runtime, tmp_pat
         Versions((JPEG(10), AdversarialTraining(4.0)))
     with pytest.raises(UsageError, match="at least two different recoveries"):
         Versions((JPEG(10), JPEG(10)))
+    for several in ("versions+versions", "auto+jpeg-10+versions"):
+        with pytest.raises(UsageError, match="would make versions of versions"):
+            create_recovery(several)
+    with pytest.raises(UsageError, match="at least two different recoveries"):
+        Versions((JPEG(10), versions))
     with_prior = create_recovery("versions", prior="x")
     assert isinstance(with_prior, Versions)
     assert [part.name for part in with_prior.parts] == [
@@ -189,6 +198,30 @@ def test_what_versions_begin_with_is_done_once(runtime: Runtime, monkeypatch: py
     assert torch.equal(found.pixels, torch.cat(expected))
 
 
+@dataclass(frozen=True)
+class Shade(ImageRecovery):
+    """Paints images in a grey that is not in its name."""
+
+    value: int
+
+    name = "shade"
+
+    def _change(self, images: ImageSet, job: Job) -> Change:
+        job.facts["evaluations"] = self.value
+        return lambda index, randomness: torch.full_like(images.pixels[index], self.value)
+
+
+def test_parts_of_one_name_are_kept_apart(runtime: Runtime, tmp_path: Path) -> None:
+    images, versions = blobs(3), Versions((Chain((Shade(5), Grayscale())), Shade(9)))
+    expected = versions.recover(images, Job(runtime=runtime)).pixels
+    kept = versions.recover(images, Job(runtime=runtime, workspace=tmp_path))
+    assert torch.equal(kept.pixels, expected)
+    assert expected.unique().tolist() == [5, 9]
+    job = Job(runtime=runtime)
+    Chain((Shade(5), Grayscale(), Shade(9))).recover(images, job)
+    assert job.facts == {"0-shade": {"evaluations": 5}, "2-shade": {"evaluations": 9}}
+
+
 def test_ueraser_changes_how_it_learns() -> None:
     usual = Learner()
     for name, draws, share in (("ueraser", 5, 0.25), ("ueraser-lite", 1, 0.25), ("ueraser-max", 5, 1.0)):
@@ -205,12 +238,12 @@ def test_jpeg_is_pillow_s(runtime: Runtime) -> None:
     Image.fromarray(images.pixels[1].permute(1, 2, 0).contiguous().numpy()).save(buffer, "JPEG", quality=10)
     expected = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
     assert torch.equal(recovered(JPEG(10), images, runtime)[1], expected)
-    assert JPEG(10).present(images) is images
+    assert JPEG(10).present(images, {}) is images
 
 
 def test_grayscale_is_luma_at_training_and_at_test(runtime: Runtime) -> None:
     images = blobs(2)
-    for grey in (recovered(Grayscale(), images, runtime), Grayscale().present(images).pixels):
+    for grey in (recovered(Grayscale(), images, runtime), Grayscale().present(images, {}).pixels):
         assert torch.equal(grey[:, 0], grey[:, 2])
         red, green, blue = images.pixels.double().unbind(1)
         luma = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -234,7 +267,7 @@ def test_a_chain_is_its_parts_in_turn(runtime: Runtime) -> None:
     expected = Grayscale().recover(JPEG(10).recover(images, job), job).pixels
     assert torch.equal(recovered(create_recovery("jpeg-10+grayscale"), images, runtime), expected)
     assert (
-        torch.equal(create_recovery("jpeg-10+grayscale").present(images).pixels[:, 0], expected[:, 0])
+        torch.equal(create_recovery("jpeg-10+grayscale").present(images, {}).pixels[:, 0], expected[:, 0])
         is False
     )
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from privet.audit.statistics import Row, kept, select
 from privet.audit.store import Plan
+from privet.learning.confidence import uncertainty
 from privet.models import family
-from privet.recovery import needs_prior
+from privet.recovery import uses_prior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def find_flags(plan: Plan, table: Sequence[Row], facts: Facts) -> list[Flag]:
         *_training(table),
         *_files(facts),
         *_prior(facts),
-        *_recoveries(plan, table),
+        *_recoveries(plan, table, facts),
     ]
     return sorted(flags, key=lambda flag: not flag.grave)
 
@@ -226,15 +228,14 @@ def _prior(facts: Facts) -> list[Flag]:
     return flags
 
 
-def _recoveries(plan: Plan, table: Sequence[Row]) -> list[Flag]:
-    """Find recoveries that need a prior and do not repay it."""
+def _recoveries(plan: Plan, table: Sequence[Row], facts: Facts) -> list[Flag]:
+    """Find recoveries that denoise with a prior and do not repay it."""
     level = {
         recovery: max(row.last.mean for row in select(table, data="protected", recovery=recovery))
         for recovery in plan.recoveries
     }
-    jpeg = max(
-        (name for name in plan.recoveries if name.startswith("jpeg-")), key=level.__getitem__, default=None
-    )
+    alone = [name for name in plan.recoveries if re.fullmatch(r"jpeg-\d+", name)]
+    jpeg = max(alone, key=level.__getitem__, default=None)
     return [
         Flag(
             name="worse-than-jpeg",
@@ -242,7 +243,9 @@ def _recoveries(plan: Plan, table: Sequence[Row]) -> list[Flag]:
             "Train the prior longer, or on images more like these.",
         )
         for name in plan.recoveries
-        if jpeg is not None and needs_prior(name) and level[name] < level[jpeg]
+        if jpeg is not None
+        and uses_prior(name, given=plan.prior is not None)
+        and level[name] < level[jpeg] - uncertainty(facts.test)
     ]
 
 

@@ -86,7 +86,8 @@ def prepare(who: str, release: Released, *, architecture: str, share: float, run
         return _part(release, share, mixed=who == MIXED), release.test
     if kind == RECOVERY:
         recovery = create_recovery(what, prior=release.prior)
-        return recovery.recover(release.protected, Job(runtime=runtime)), recovery.present(release.test)
+        job = Job(runtime=runtime)
+        return recovery.recover(release.protected, job), recovery.present(release.test, job.facts)
     if release.stem is None:
         known = int(what) if kind == PAIRS else None
         return _subtract(release.protected, _class_patterns(release, known)), release.test

@@ -237,9 +237,13 @@ def _prior_facts(source: str, clean: ImageSet, test: ImageSet, runtime: Runtime)
     """Return what the prior has seen, and whether it knows images like these."""
     prior = load_prior(source, runtime=runtime)
     known = prior.images
+
+    def seen(images: ImageSet) -> int | None:
+        return None if known is None else sum(not known.isdisjoint(marks) for marks in fingerprints(images))
+
     return PriorFacts(
-        clean=None if known is None else len(known & fingerprints(clean)),
-        test=None if known is None else len(known & fingerprints(test)),
+        clean=seen(clean),
+        test=seen(test),
         own=prior.about.get("loss"),
         here=noise_error(prior, test, Job(runtime=runtime)),
     )
@@ -344,18 +348,16 @@ class Trainer:
         started = time.perf_counter()
         recovery = create_recovery(cell.recovery, prior=self.plan.prior)
         if self.key != (cell.data, cell.recovery):
-            self.images = (
-                recover(
-                    self.sets[cell.data],
-                    cell.data,
-                    cell.recovery,
-                    plan=self.plan,
-                    out=self.out,
-                    runtime=self.runtime,
-                    seed=self.seed,
-                )[0],
-                recovery.present(self.sets["test"]),
+            images, facts = recover(
+                self.sets[cell.data],
+                cell.data,
+                cell.recovery,
+                plan=self.plan,
+                out=self.out,
+                runtime=self.runtime,
+                seed=self.seed,
             )
+            self.images = images, recovery.present(self.sets["test"], facts)
             self.key = cell.data, cell.recovery
         learner: Learner = recovery.adapt(replace(self.plan.learner, architecture=cell.architecture))
         learner = learner.for_versions(len(self.images[0]) // len(self.sets[cell.data]))

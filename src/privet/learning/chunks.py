@@ -23,8 +23,8 @@ Change = Callable[[Tensor, torch.Generator], Tensor]
 def change_in_chunks(images: ImageSet, job: Job, prepare: Callable[[], Change], *, purpose: str) -> Tensor:
     """Return new pixels for an image set, (images, 3, height, width).
 
-    With a workspace, a killed run goes on where it stopped. Several processes share the chunks;
-    only the first gets the result.
+    With a workspace, a killed run goes on where it stopped. Several processes share the chunks, and each
+    gets the result.
 
     Args:
         images: the image set.
@@ -38,6 +38,12 @@ def change_in_chunks(images: ImageSet, job: Job, prepare: Callable[[], Change], 
     starts = range(0, len(images), CHUNK)
     change = prepare() if done < len(starts) else None
     pixels = _output(images, job, done) if runtime.rank == 0 else torch.empty_like(images.pixels)
+    if runtime.world > 1:  # only the first process has the workspace
+        for start in starts[:done]:
+            part = slice(start, start + CHUNK)
+            if runtime.rank > 0:
+                pixels[part] = 0
+            pixels[part] = runtime.sum(pixels[part].to(runtime.device)).cpu()
     if change is not None:
         world, rank = runtime.world, runtime.rank
         for first in range(done, len(starts), world):

@@ -83,8 +83,7 @@ class Protection(ABC):
 
         Args:
             images: what to protect.
-            job: where and how; with a workspace, a killed run goes on where it stopped. Of several
-                processes only the first gets the result.
+            job: where and how; with a workspace, a killed run goes on where it stopped.
 
         Raises:
             InputError: images that the method cannot work on.

@@ -50,6 +50,7 @@ __all__ = [
     "noise_error",
     "restore",
     "train_prior",
+    "uses_prior",
 ]
 
 PLAIN: dict[str, Callable[[], Recovery]] = {
@@ -87,6 +88,11 @@ VERSIONS = ("jpeg-10", "jpeg-10+grayscale", "purify-gently+grayscale")
 def needs_prior(name: str) -> bool:
     """Say whether a recovery of this name denoises with a prior."""
     return any(part.partition("-")[0] in WITH_PRIOR for part in name.split("+"))
+
+
+def uses_prior(name: str, *, given: bool) -> bool:
+    """Say whether a recovery of this name denoises with a prior, if one is given or even if none is."""
+    return needs_prior(name) or (given and any(part in ("auto", "versions") for part in name.split("+")))
 
 
 def create_recovery(name: str, *, prior: str | None = None) -> Recovery:

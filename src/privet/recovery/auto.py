@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ class Auto(Recovery):
     alone. Of those within a standard error of the highest score the first is chosen.
 
     Attributes:
-        candidates: recoveries that change training images alone, the most trusted first.
+        candidates: recoveries that change images, the most trusted first.
         images: of the sample, at most.
         learner: the small network, and how it learns.
     """
@@ -49,6 +50,8 @@ class Auto(Recovery):
     def __post_init__(self) -> None:
         if len({candidate.name for candidate in self.candidates}) < max(2, len(self.candidates)):
             raise UsageError(f"auto needs at least two different candidates, got {self.candidates}.")
+
+    multiplies = True
 
     def record(self) -> dict[str, Any]:
         settings = {
@@ -67,6 +70,10 @@ class Auto(Recovery):
         recovered = chosen.recover(images, own)
         job.facts |= {**own.facts, "chosen": chosen.name, "scores": scores}
         return recovered
+
+    def present(self, images: ImageSet, facts: Mapping[str, Any]) -> ImageSet:
+        chosen = next(candidate for candidate in self.candidates if candidate.name == facts["chosen"])
+        return chosen.present(images, facts)
 
     def _scores(self, images: ImageSet, job: Job) -> dict[str, float]:
         """Return what each candidate is worth; every process finds out alone, and finds the same."""

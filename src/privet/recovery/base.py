@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -32,6 +33,11 @@ class Recovery(ABC):
         return {"recovery": self.name, "settings": settings}
 
     @property
+    def multiplies(self) -> bool:
+        """Whether it may return several versions of an image."""
+        return False
+
+    @property
     def trains(self) -> bool:
         """Whether it is a way of training, of which no files can be made."""
         return False
@@ -43,8 +49,13 @@ class Recovery(ABC):
         """
         return images
 
-    def present(self, images: ImageSet) -> ImageSet:
-        """Return the test images as the trained network gets them."""
+    def present(self, images: ImageSet, facts: Mapping[str, Any]) -> ImageSet:
+        """Return the test images as the trained network gets them.
+
+        Args:
+            images: the test images.
+            facts: what `recover` found out, which is in its job's facts.
+        """
         return images
 
     def adapt(self, learner: Learner) -> Learner:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from privet.errors import UsageError
 from privet.images.image_set import ImageSet
 from privet.learning.job import Job
 from privet.learning.train import Learner
@@ -18,6 +20,13 @@ class Chain(Recovery):
 
     parts: tuple[Recovery, ...]
 
+    def __post_init__(self) -> None:
+        if sum(part.multiplies for part in self.parts) > 1:
+            raise UsageError(
+                f"{self.name} would make versions of versions, which are many and little worth; name only one of auto "
+                "and versions."
+            )
+
     @property
     def name(self) -> str:
         return "+".join(part.name for part in self.parts)
@@ -26,20 +35,25 @@ class Chain(Recovery):
         return {"recovery": self.name, "settings": {"parts": [part.record() for part in self.parts]}}
 
     @property
+    def multiplies(self) -> bool:
+        return any(part.multiplies for part in self.parts)
+
+    @property
     def trains(self) -> bool:
         return any(part.trains for part in self.parts)
 
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
         for number, part in enumerate(self.parts):
-            own = dataclasses.replace(job, workspace=job.file(f"{number}-{part.name}"), facts={})
+            name = f"{number}-{part.name}"
+            own = dataclasses.replace(job, workspace=job.file(name), facts={})
             images = part.recover(images, own)
             if own.facts:
-                job.facts[part.name] = own.facts
+                job.facts[name] = own.facts
         return images
 
-    def present(self, images: ImageSet) -> ImageSet:
-        for part in self.parts:
-            images = part.present(images)
+    def present(self, images: ImageSet, facts: Mapping[str, Any]) -> ImageSet:
+        for number, part in enumerate(self.parts):
+            images = part.present(images, facts.get(f"{number}-{part.name}", {}))
         return images
 
     def adapt(self, learner: Learner) -> Learner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +21,16 @@ from privet.learning.pieces import in_pieces
 from privet.learning.runtime import Runtime
 
 ABOUT, CONFIG, WEIGHTS = "prior.json", "config.json", "diffusion_pytorch_model.safetensors"
-SCHEDULING = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas")
+SCHEDULING = (
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "num_train_timesteps",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+# What diffusers called the parts of an attention until 2023, and calls them since.
+ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 RANGE = [-1.0, 1.0]
 
 
@@ -33,7 +43,7 @@ class Prior:
         kept: share of the signal's variance that is left at each time, (times,); "alpha bar".
         max_t: times from here on were never trained.
         about: what is known of its training: scale, steps, data, size.
-        images: SHA-256 (first 16 digits) of each training image's pixels, or None if unknown.
+        images: `fingerprints` of all training images, or None if unknown.
     """
 
     model: Any = field(repr=False)
@@ -62,15 +72,11 @@ class Prior:
     @torch.no_grad()
     def noise(self, noisy: Tensor, time: int, *, runtime: Runtime) -> Tensor:
         """Return the noise that the prior sees in an image."""
-        height, width = noisy.shape[2:]
-        unit = 2 ** (len(self.model.config.block_out_channels) - 1)
-        padding = (0, -width % unit, 0, -height % unit)
+        levels = len(self.model.config.block_out_channels)
 
         def predict(piece: Tensor) -> Tensor:
-            padded = F.pad(piece, padding, mode="replicate") if any(padding) else piece
             with runtime.autocast():
-                found: Tensor = self.model(padded, time).sample
-            return found[:, :, :height, :width].float()
+                return predict_noise(self.model, piece, time, levels=levels)
 
         return in_pieces(predict, noisy, size=16)
 
@@ -94,6 +100,19 @@ class Prior:
                 f"This prior has attention and knows images of {own} x {own} pixels only; these are {size[0]} x "
                 f"{size[1]}. Open them with --size {own}, or train a prior without attention (tiny, small)."
             )
+
+
+def predict_noise(network: nn.Module, noisy: Tensor, time: int | Tensor, *, levels: int) -> Tensor:
+    """Return what a network makes of images of any size, (batch, 3, height, width), float32.
+
+    It halves them `levels` - 1 times, so rows and columns are repeated at the end until that can be done.
+    """
+    height, width = noisy.shape[2:]
+    unit = 2 ** (levels - 1)
+    padding = (0, -width % unit, 0, -height % unit)
+    padded = F.pad(noisy, padding, mode="replicate") if any(padding) else noisy
+    found: Tensor = network(padded, time).sample
+    return found[:, :, :height, :width].float()
 
 
 def load_prior(source: str | Path, *, runtime: Runtime) -> Prior:
@@ -154,10 +173,12 @@ def locate(source: str | Path) -> tuple[Path, Path]:
     return network, folder
 
 
-def fingerprints(images: ImageSet) -> frozenset[str]:
-    """Return a short hash of each image's pixels, by which two sets can be compared."""
+def fingerprints(images: ImageSet) -> list[frozenset[str]]:
+    """Return by what each image can be known again: short hashes of its pixels, at one size, and of its file."""
     rows = (image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in images.pixels)
-    return frozenset(hashlib.sha256(row).hexdigest()[:16] for row in rows)
+    pixels = [hashlib.sha256(row).hexdigest()[:16] for row in rows]
+    files = [file.sha256[:16] for file in images.files] or pixels
+    return [frozenset(marks) for marks in zip(pixels, files, strict=True)]
 
 
 def fingerprint(source: str | Path) -> str:
@@ -174,6 +195,11 @@ def _hash(weights: Path, changed: int, size: int) -> str:
 def _schedule(config: Mapping[str, Any], folder: Path) -> Tensor:
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise InputError(f"{folder} predicts {config['prediction_type']!r}; only noise predictors work here.")
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        raise InputError(
+            f"{folder} has the noise schedule of {config.get('_class_name', 'an unknown kind')}, without betas; only "
+            "priors that noise images as DDPM does work here."
+        )
     try:
         known = {name: config[name] for name in SCHEDULING if config.get(name) is not None}
         return kept_shares(known)
@@ -191,16 +217,26 @@ def _network(folder: Path) -> nn.Module:
             f"{folder} is no noise predictor for colour images: it has {config.get('in_channels')} channels in and "
             f"{config.get('out_channels')} out; expected 3 and 3."
         )
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        raise InputError(
+            f"{folder} wants to be told a class with each image; only unconditional priors work here."
+        )
     try:
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
         model: nn.Module = diffusers_library().UNet2DModel(**settings)
-        model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+        state = safetensors.torch.load_file(folder / WEIGHTS)
+        old = re.compile(rf"(attentions\.\d+)\.({'|'.join(ATTENTION)})\.")
+        model.load_state_dict({old.sub(_rename, name): value for name, value in state.items()})
     except safetensors.SafetensorError as error:
         raise InputError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}.") from error
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{folder} does not fit its own {CONFIG}: {reason}") from error
     return model
+
+
+def _rename(match: re.Match[str]) -> str:
+    return f"{match[1]}.{ATTENTION[match[2]]}."
 
 
 def diffusers_library() -> Any:

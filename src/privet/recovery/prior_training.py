@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from privet.errors import InputError, UsageError
-from privet.files import WORKSPACE, append_line, claim, finish, write_bytes, write_json
+from privet.files import WORKSPACE, append_line, claim, finish, released, write_bytes, write_json
 from privet.images.image_set import ImageSet
 from privet.images.montage import montage, png
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
@@ -30,6 +31,7 @@ from privet.recovery.prior import (
     fingerprints,
     kept_shares,
     load_prior,
+    predict_noise,
 )
 from privet.seeds import derive, generator
 from privet.version import VERSION
@@ -79,6 +81,8 @@ class PriorTraining:
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
             raise UsageError(f"Unknown scale {self.scale!r}; expected one of {', '.join(SCALES)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"A prior needs a positive learning rate, got {self.learning_rate}.")
         if min(self.steps, self.batch_size) < 1 or not 1 <= self.max_t <= 1000 or not 0 < self.decay < 1:
             raise UsageError(
                 f"A prior needs at least 1 step and 1 image a step, times from 1 to 1000 and a decay below 1; got "
@@ -132,7 +136,8 @@ def train_prior(
         checkpoint_seconds=checkpoint_seconds,
         progress=progress,
     )
-    model = _train(images, training, job, side).eval().requires_grad_(False)
+    with released(out):
+        model = _train(images, training, job, side).eval().requires_grad_(False)
     about = {
         **run,
         "max_t": training.max_t,
@@ -144,7 +149,7 @@ def train_prior(
         kept=kept_shares(SCHEDULE),
         max_t=training.max_t,
         about=about,
-        images=fingerprints(images),
+        images=frozenset().union(*fingerprints(images)),
     )
     loss = noise_error(prior, images, job)
     prior = replace(prior, about={**about, "loss": loss})
@@ -186,7 +191,7 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
         average.shadow_params = [
             state[0][f"average/{index}"].to(runtime.device) for index in range(len(average.shadow_params))
         ]
-    trained = runtime.distribute(model)
+    trained, levels = runtime.distribute(model), len(SCALES[training.scale]["block_out_channels"])
     held = runtime.hold(images.pixels)
     size = min(training.batch_size, len(images))
     per_epoch = len(images) // size
@@ -204,8 +209,9 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
         share = kept[time].view(-1, 1, 1, 1)
         trained.train()
         with runtime.autocast():
-            found = trained(share.sqrt() * x + (1 - share).sqrt() * noise, time).sample
-        loss = F.mse_loss(found.float(), noise)
+            noisy = share.sqrt() * x + (1 - share).sqrt() * noise
+            found = predict_noise(trained, noisy, time, levels=levels)
+        loss = F.mse_loss(found, noise)
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * min(1.0, (step + 1) / 500)
         optimizer.zero_grad(set_to_none=True)
@@ -217,9 +223,14 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
         job.progress("training the prior", (step + 1) * size, training.steps * size)
         last = step + 1 == training.steps
         if job.checkpoint_due(last):
+            if not math.isfinite(mean := float(total) / seen):
+                raise UsageError(
+                    f"The prior's loss is no number any more after {step + 1} steps, so that nothing can come of them: "
+                    f"repeat them with a learning rate below {training.learning_rate:g}."
+                )
             shadow = {f"average/{index}": value for index, value in enumerate(average.shadow_params)}
             save_checkpoint(path, model=model, optimizer=optimizer, tensors=shadow, record={"step": step + 1})
-            append_line(journal, {"step": step + 1, "loss": float(total) / seen})
+            append_line(journal, {"step": step + 1, "loss": mean})
             total, seen = torch.zeros_like(total), 0
     average.copy_to(model.parameters())
     return model

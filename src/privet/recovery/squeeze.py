@@ -7,7 +7,9 @@ squeezed; but grayscale, being another representation, is applied to the test im
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +98,7 @@ class Grayscale(Squeeze):
 
     name = "grayscale"
 
-    def present(self, images: ImageSet) -> ImageSet:
+    def present(self, images: ImageSet, facts: Mapping[str, Any]) -> ImageSet:
         return images.with_pixels(self._each(images.pixels))
 
     def _squeeze(self, picture: Image.Image) -> Image.Image:

@@ -33,12 +33,14 @@ class Versions(Recovery):
 
     def __post_init__(self) -> None:
         if len({part.name for part in self.parts}) < max(2, len(self.parts)) or any(
-            part.trains for part in self.parts
+            part.trains or part.multiplies for part in self.parts
         ):
             raise UsageError(
                 "versions needs at least two different recoveries that change images, got "
                 f"{', '.join(part.name for part in self.parts) or 'none'}."
             )
+
+    multiplies = True
 
     def record(self) -> dict[str, Any]:
         return {"recovery": self.name, "settings": {"parts": [part.record() for part in self.parts]}}
@@ -54,7 +56,8 @@ class Versions(Recovery):
             for number, step in enumerate(steps, start=1):
                 if steps[:number] in found:
                     continue
-                name = "+".join(one.name for one in steps[:number])
+                # Settings are not in a name, so two that are called the same may differ: the count tells them apart.
+                name = f"{len(found) - 1}-" + "+".join(one.name for one in steps[:number])
                 own = replace(job, workspace=job.file(name), facts={})
                 found[steps[:number]] = step.recover(found[steps[: number - 1]], own)
                 if own.facts:
