@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from privet.images import compare_all, open_images, pair, write_images
 from privet.learning import Job, Learner, Runtime
 from privet.protection import AR, CUDA, EM, OPS, Protection, RandomNoise
 from privet.protection.publication import publish
-from privet.recovery import VERSIONS, PriorTraining, create_recovery, train_prior
+from privet.recovery import JPEG, VERSIONS, PriorTraining, create_recovery, restore, train_prior
 from privet.report import write_report
 
 Make = Callable[..., Path]
@@ -238,7 +239,54 @@ def test_pixels_are_counted_in_the_files_whatever_size_networks_see(
     assert "pixels; the budget is 9 that run.json claims" in says
     Image.fromarray(changed[:12]).save(path)
     (says,) = flags("cut")
-    assert "its size (12 x 20, not 20 x 20); the budget is 1 pixels" in says
+    assert "its size (12 x 20, not 20 x 20); the budget is 1 (l0)" in says
+
+
+def test_single_pixels_that_leave_the_budget_are_found_in_the_files(
+    make_folder: Make, runtime: Runtime, tmp_path: Path
+) -> None:
+    clean = make_folder(blobs(24, size=(32, 32)), "clean")
+    test = make_folder(blobs(12, seed=1, size=(32, 32)), "test")
+    publish(open_images(clean, size=8), RandomNoise(epsilon=3), tmp_path / "protected", runtime=runtime)
+    path = sorted((tmp_path / "protected").glob("*/*.png"))[0]
+    changed = np.array(Image.open(path))
+    changed[9, 9] ^= 64
+    Image.fromarray(changed).save(path)
+    plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
+    audit = run_audit(
+        clean, tmp_path / "protected", test=test, out=tmp_path / "out", plan=plan, runtime=runtime, size=8
+    )
+    assert max(one.linf for one in audit.material.similarities) < 30  # made smaller, it is smoothed away
+    (says,) = [flag.says for flag in audit.flags if flag.name == "over-budget"]
+    assert "6" in says and "the budget is 3/255" in says
+
+
+def test_a_refused_audit_gives_its_folder_back(
+    sets: tuple[Path, Path, Path], make_folder: Make, runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, protected, test = sets
+    plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
+    other = make_folder(blobs(8, classes=5, seed=1), "other")
+    with pytest.raises(InputError, match="class"):
+        run_audit(clean, protected, test=other, out=tmp_path / "out", plan=plan, runtime=runtime)
+    assert not (tmp_path / "out").exists()
+    run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
+
+
+def test_files_of_unknown_origin_and_odd_names_still_get_their_page(
+    make_folder: Make, runtime: Runtime, tmp_path: Path
+) -> None:
+    clean, test = make_folder(blobs(24), "clean"), make_folder(blobs(12, seed=1), "test")
+    odd = sorted(clean.glob("*/*.png"))[0]
+    odd.rename(odd.with_name(os.fsdecode(b"caf\xe9.png")))
+    publish(open_images(clean), RandomNoise(), tmp_path / "protected", runtime=runtime)
+    restore(open_images(tmp_path / "protected"), JPEG(50), tmp_path / "recovered", runtime=runtime)
+    plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
+    audit = run_audit(
+        clean, tmp_path / "recovered", test=test, out=tmp_path / "out", plan=plan, runtime=runtime
+    )
+    assert "surrogate-unknown" in [flag.name for flag in audit.flags]  # its run.json tells of a recovery
+    assert write_report(audit, tmp_path / "out").stat().st_size > 1000
 
 
 def test_files_that_leave_the_claimed_budget_are_flagged(

@@ -125,12 +125,28 @@ def test_a_treatment_under_which_nothing_is_learned_tests_nothing() -> None:
     assert verdict.sentences[2].startswith("Nothing can be said of adversarial training at 4/255")
 
 
+def test_nor_does_an_architecture_that_learns_nothing_under_it() -> None:
+    def accuracy(cell: Cell) -> float:
+        fails = cell.recovery == "adversarial-4" and cell.architecture == "vgg11-w16"
+        return 0.11 if fails else good(cell)
+
+    verdict, _ = audit(accuracy)
+    assert [grade.grade for grade in verdict.grades] == ["holds", "holds", "holds"]  # with the other one
+    assert verdict.grade == "inconclusive"
+    assert "(adversarial-4-untested-with-vgg11-w16)" in verdict.headline
+
+
 @pytest.mark.parametrize(
     ("grid", "facts", "flag"),
     [
         (replace(PLAN, seeds=(0,)), FACTS, "one-seed"),
         (replace(PLAN, architectures=("vgg11-w16",)), FACTS, "one-architecture"),
         (replace(PLAN, architectures=("resnet8", "resnet10-w16")), FACTS, "same-architecture"),
+        (
+            replace(PLAN, architectures=("resnet8", "resnet10-w16")),
+            replace(FACTS, protection=None),
+            "surrogate-unknown",
+        ),
     ],
 )
 def test_a_narrow_audit_never_says_that_a_protection_holds(grid: Plan, facts: Facts, flag: str) -> None:
@@ -208,7 +224,9 @@ def test_what_was_recovered_is_a_share_of_what_was_lost(
 def test_early_stopping_is_flagged() -> None:
     _, flags = audit(good, best=lambda cell: good(cell) + (0.2 if cell.seed == 2 else 0))
     assert names(flags) == ["best-above-last"]
-    assert "reached 37.0% at epoch 1 and ended at 16.0%" in flags[0].says
+    assert "reached 37.0% at epoch 1 and ended at 17.0%" in flags[0].says
+    _, flags = audit(lambda cell: good(cell) + 0.03 * cell.seed)  # seeds differ, but none falls again
+    assert "best-above-last" not in names(flags)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 1))

@@ -271,6 +271,38 @@ def test_bad_files_beside_good_ones(tmp_path: Path) -> None:
     assert "not inside a class folder" in reasons["loose.png"]
 
 
+def listed(row: tuple[str, str]) -> str:
+    """Return a manifest's line."""
+    return json.dumps({"name": row[0], "file": row[1], "status": "ok", "label": 0, "class": "a"})
+
+
+def test_a_manifest_is_read_as_it_is_and_left_so(tmp_path: Path) -> None:
+    put(tmp_path / "a/0.png", png(1))
+    put(tmp_path / "a/1.png", png(2))
+    path = put(
+        tmp_path / "manifest.jsonl", "\n".join(map(listed, [("a/0", "a/0.png"), ("a/1", "a/1.png")])).encode()
+    )
+    before = path.read_bytes()  # without a line end at its end
+    assert open_images(tmp_path).names == ("a/0", "a/1")
+    assert path.read_bytes() == before
+
+
+def test_a_split_of_a_folder_is_a_folder_of_classes(tmp_path: Path) -> None:
+    put(tmp_path / "train/a/0.png", png(1))
+    put(tmp_path / "test/b/0.png", png(2))
+    assert by_name(open_images(tmp_path, split="test")) == {"b/0": ("b", 2)}
+
+
+def test_captions_may_hold_other_line_ends(tmp_path: Path) -> None:
+    put(tmp_path / "x.png", png(7))
+    rows = {"path": "x.png", "label": "a", "caption": "one\u2028two\u0085three"}
+    put(tmp_path / "t.jsonl", json.dumps(rows, ensure_ascii=False).encode())
+    put(tmp_path / "t.csv", 'path,label,caption\nx.png,a,"one\u2028two\nthree"\n'.encode())
+    for kind in ("jsonl", "csv"):
+        images = open_images(tmp_path / f"t.{kind}")
+        assert (by_name(images), images.skipped) == ({"x": ("a", 7)}, ())
+
+
 MESSAGES = {
     "absent": (lambda folder: folder / "absent.csv", "There is no file or folder"),
     "empty folder": (
@@ -297,6 +329,22 @@ MESSAGES = {
         lambda folder: put(folder / "manifest.jsonl", b'{"a": 1}\n').parent,
         "manifest.jsonl is damaged",
     ),
+    **{
+        f"hostile manifest {number}": (
+            lambda folder, rows=rows: (
+                put(folder / "manifest.jsonl", "\n".join(map(listed, rows)).encode()).parent
+            ),
+            f"manifest.jsonl is damaged: .*{words}",
+        )
+        for number, (rows, words) in enumerate(
+            (
+                ([("/etc/x", "a/0.png")], "'/etc/x' is not a path inside the folder"),
+                ([("../x", "a/0.png")], "'../x' is not a path inside the folder"),
+                ([("a/0", "../a/0.png")], "'../a/0.png' is not a path inside the folder"),
+                ([("a/0", "a/0.png"), ("A/0", "a/1.png")], "two images have one name"),
+            )
+        )
+    },
 }
 
 

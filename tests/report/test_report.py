@@ -92,7 +92,7 @@ def audit(images: ImageSet | None = None, *, seeds: tuple[int, ...] = (0, 1), pl
         "protected": "p" * 64,
         "test": "t" * 64,
     }
-    run.update(precision="bf16", device="cpu", torch="2")
+    run.update(precision="bf16", device="cpu", versions={"torch": "2"})
     return Audit(
         plan=plan,
         material=Material(

@@ -133,7 +133,8 @@ def _design(plan: Plan, facts: Facts) -> list[Flag]:
         flags.append(
             Flag(
                 name="surrogate-unknown",
-                says="The protected files come without a run.json, so nobody knows which surrogate they were "
+                narrow=len(families) == 1,  # of two kinds one is not the surrogate's, whatever that is
+                says="The protected files come without privet's run.json, so nobody knows which surrogate they were "
                 "made with, and whether a learner of another architecture was tried.",
             )
         )
@@ -167,26 +168,29 @@ def _design(plan: Plan, facts: Facts) -> list[Flag]:
 
 def _training(table: Sequence[Row]) -> list[Flag]:
     flags = []
-    early = [row for row in select(table, data="protected") if row.best.high - row.last.mean > EARLY_STOPPING]
-    if early:
-        worst = max(early, key=lambda row: row.best.high - row.last.mean)
-        epoch = worst.best_epochs[worst.best.values.index(worst.best.high)]
+    every = [
+        (best - last, row, best, last, epoch)
+        for row in select(table, data="protected")
+        for best, last, epoch in zip(row.best.values, row.last.values, row.best_epochs, strict=True)
+    ]
+    gain, worst, best, last, epoch = max(every, key=lambda one: one[0])
+    if gain > EARLY_STOPPING:
         flags.append(
             Flag(
                 name="best-above-last",
                 says=f"Stopping early helps the learner: {worst.architecture} under {worst.recovery} reached "
-                f"{worst.best.high:.1%} at epoch {epoch} and ended at {worst.last.mean:.1%}. Whoever owns a "
-                "few clean images can stop there.",
+                f"{best:.1%} at epoch {epoch} and ended at {last:.1%}. Whoever owns a few clean images can stop "
+                "there.",
             )
         )
     wide = [row for row in table if (row.last.sd or 0) > SPREAD]
     if wide:
-        worst = max(wide, key=lambda row: row.last.sd or 0)
+        widest = max(wide, key=lambda row: row.last.sd or 0)
         flags.append(
             Flag(
                 name="seeds-disagree",
-                says=f"Seeds disagree: {worst.architecture} on {worst.data} files under {worst.recovery} has "
-                f"a standard deviation of {worst.last.sd:.1%}. Use more seeds.",
+                says=f"Seeds disagree: {widest.architecture} on {widest.data} files under {widest.recovery} has "
+                f"a standard deviation of {widest.last.sd:.1%}. Use more seeds.",
             )
         )
     return flags

@@ -17,11 +17,22 @@ from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
 from privet.errors import InputError, UsageError
-from privet.files import RUN, WORKSPACE, append_line, claim, finish, read_json, read_lines, write_bytes
+from privet.files import (
+    RUN,
+    WORKSPACE,
+    append_line,
+    claim,
+    finish,
+    read_json,
+    read_lines,
+    released,
+    write_bytes,
+)
 from privet.images import Budget, ImageSet, Similarity, align, by_psnr, compare_all, open_images, pair
-from privet.images.picture import PictureError, decode
+from privet.images.picture import PictureError, decode, measure
 from privet.images.similarity import compare
 from privet.learning import Job, Learner, Runtime, learn
+from privet.learning.publication import versions
 from privet.learning.runtime import describe_device
 from privet.models import create_model
 from privet.progress import Progress, silent
@@ -131,11 +142,13 @@ def run_audit(
         "test": third.digest,
         "precision": runtime.precision,
         "compile": runtime.compile,
-        "device": describe_device(runtime.device, threads),
-        "torch": torch.__version__,
+        # Recoveries and the control are made here, learners with one thread each.
+        "device": describe_device(runtime.device, torch.get_num_threads()),
+        "versions": versions(),
     }
     claim(out, run)
-    material = _prepare(first, second, third, _protection(protected), plan, out, runtime, seed, progress)
+    with released(out):
+        material = _prepare(first, second, third, _protection(protected), plan, out, runtime, seed, progress)
     store = RunStore(out / CELLS, Cell)
     todo = [cell for cell in plan.cells() if cell not in store.results]
     total = len(plan.cells())
@@ -192,9 +205,6 @@ def _prepare(
     if linf == 0:
         raise InputError("The protected images equal the clean ones: there is nothing to audit.")
     claimed = _claimed(protection)
-    noise = _control(similarities, clean.size, claimed)
-    publish(clean, noise, out / CONTROL, runtime=runtime, seed=seed, progress=progress)
-    random = align(open_images(out / CONTROL, size=clean.size, progress=progress), clean.class_names)
     seen = {_bytes(image) for image in clean.pixels}
     facts = Facts(
         chance=chance(test),
@@ -207,6 +217,10 @@ def _prepare(
         protection=protection,
         prior=_prior_facts(plan.prior, clean, test, runtime) if plan.prior else None,
     )
+    # Last, when nothing more can be found wrong: a refused audit leaves nothing behind.
+    noise = _control(similarities, clean.size, claimed)
+    publish(clean, noise, out / CONTROL, runtime=runtime, seed=seed, progress=progress)
+    random = align(open_images(out / CONTROL, size=clean.size, progress=progress), clean.class_names)
     return Material(
         clean=clean,
         random=random,
@@ -268,24 +282,27 @@ def _excess(
 ) -> str | None:
     """Return by what an image exceeds the budget that run.json states, or None if none does.
 
-    What networks see is enough to tell, but for a count of pixels: one pixel of a large file becomes a part of
-    several when the file is made smaller, so there the files themselves are compared.
+    Of a file that has the size at which networks see it, its similarity is known. Others are compared themselves:
+    to make them smaller smooths a change of single pixels away, or makes several of one.
     """
     if claimed is None:
         return None
-    if claimed.norm != "l0":
-        found = (claimed.excess(change, clean.size, seen=clean.size) for change in similarities)
-        return next(filter(None, found), None)
     height, width = (protection or {}).get("size", clean.size)
-    for one, other in zip(clean.files, protected.files, strict=True):
+    for one, other, similarity in zip(clean.files, protected.files, similarities, strict=True):
         try:
-            before, after = decode(one.read()), decode(other.read())
+            first, second = one.read(), other.read()
+            size, change = measure(first), similarity
+            if not size == measure(second) == clean.size:
+                before, after = decode(first), decode(second)
+                if before.size != after.size:
+                    return (
+                        f"its size ({' x '.join(map(str, after.size))}, not {' x '.join(map(str, before.size))}); the "
+                        f"budget is {claimed.amount:g} ({claimed.norm})"
+                    )
+                size, change = before.size, compare(before.rgb, after.rgb, ssim=False)
         except PictureError as error:
             raise InputError(f"{other.file} could be read a moment ago, and now cannot: {error}") from error
-        if before.size != after.size:
-            shapes = " x ".join(map(str, after.size)), " x ".join(map(str, before.size))
-            return f"its size ({shapes[0]}, not {shapes[1]}); the budget is {claimed.amount:g} pixels"
-        if words := claimed.excess(compare(before.rgb, after.rgb), before.size, seen=(height, width)):
+        if words := claimed.excess(change, size, seen=(height, width)):
             return words
     return None
 
@@ -293,7 +310,8 @@ def _excess(
 def _protection(source: str | Path) -> dict[str, Any] | None:
     """Return the run.json of a protected folder, if privet wrote it."""
     path = Path(source) / RUN
-    return read_json(path) if path.is_file() else None
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found.get("method"), str) and isinstance(found.get("settings"), dict) else None
 
 
 def recover(

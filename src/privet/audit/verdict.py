@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from privet.audit.flags import Facts, Flag
 from privet.audit.statistics import Row, kept, select
@@ -29,6 +29,8 @@ class Grade:
         architecture: which it was.
         reference: what the same architecture reaches on clean images without any recovery, on average.
         clean: what it reaches on clean images under this recovery, on average.
+        untested: the architectures of which it is not known whether they would learn, as little is learned from the
+            controls too.
     """
 
     recovery: str
@@ -38,6 +40,7 @@ class Grade:
     architecture: str
     reference: float
     clean: float
+    untested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,12 @@ def judge(plan: Plan, table: Sequence[Row], flags: Sequence[Flag], facts: Facts)
     plain = next(grade for grade in grades if grade.recovery == "none")
     grave = [flag.name for flag in flags if flag.grave]
     narrow = [flag.name for flag in flags if flag.narrow]
-    narrow += [f"{grade.recovery}-untested" for grade in grades if grade.grade == "untested"]
+    for grade in grades:
+        everywhere = len(grade.untested) == len(plan.architectures)
+        narrow += [
+            f"{grade.recovery}-untested" + ("" if everywhere else f"-with-{name}") for name in grade.untested
+        ]
+    narrow = list(dict.fromkeys(narrow))
     if grave:
         grade = "inconclusive"
         headline = f"No verdict: the audit's own controls failed ({', '.join(dict.fromkeys(grave))})."
@@ -145,7 +153,8 @@ def _grade(recovery: str, table: Sequence[Row], chance: float) -> Grade:
                 clean=clean.last.mean,
             )
         )
-    return max(grades, key=lambda grade: (grade.grade != "untested", grade.kept))
+    worst = max(grades, key=lambda grade: (grade.grade != "untested", grade.kept))
+    return replace(worst, untested=tuple(grade.architecture for grade in grades if grade.grade == "untested"))
 
 
 def _sentence(grade: Grade) -> str:

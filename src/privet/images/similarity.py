@@ -36,10 +36,10 @@ class Similarity:
     ssim: float | None
 
 
-def compare(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> Similarity:
-    """Compare two images, (height, width, 3) in 0 to 255."""
+def compare(before: NDArray[np.uint8], after: NDArray[np.uint8], *, ssim: bool = True) -> Similarity:
+    """Compare two images, (height, width, 3) in 0 to 255, as `compare_all` does."""
     pair = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] for image in (before, after)]
-    return compare_all(*pair)[0]
+    return compare_all(*pair, ssim=ssim)[0]
 
 
 def compare_all(before: Tensor, after: Tensor, *, ssim: bool = True) -> list[Similarity]:

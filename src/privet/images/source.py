@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import stat
@@ -13,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from privet.errors import InputError
-from privet.files import read_lines
 from privet.images.picture import PictureError
 
 MANIFEST = "manifest.jsonl"
@@ -67,7 +67,8 @@ def find_images(source: str | Path, *, split: str | None = None) -> Source:
         source: a folder with one folder for each class; a folder that privet wrote; a folder with
             metadata.csv or .jsonl, or such a file itself (columns path and label); a Parquet file
             or a folder of them; or the id of a data set on the Hugging Face hub.
-        split: which split of a hub data set or a folder of Parquet files ("train" if left out).
+        split: which split of a hub data set or a folder of Parquet files ("train" if left out), or which folder of
+            class folders, where there are several.
 
     Raises:
         InputError: there is nothing there, or no labels can be found; the message says what to do.
@@ -127,6 +128,8 @@ def _folder(path: Path, split: str | None) -> Source:
                 f"{path} has no Parquet file of the split {split!r}; it has {_few(f.name for f in parquet)}."
             )
         return _parquet(named or parquet)
+    if split and (path / split).is_dir():
+        return _classes(path / split)
     return _classes(path)
 
 
@@ -197,9 +200,15 @@ def _identity(path: Path) -> tuple[int, int]:
 def _written(folder: Path) -> Source:
     """A folder or Parquet set that privet wrote, by its manifest."""
     try:
-        records = [record for record in read_lines(folder / MANIFEST) if record["status"] == "ok"]
+        lines = (folder / MANIFEST).read_text("utf-8").split("\n")
+        records = [record for record in map(json.loads, filter(str.strip, lines)) if record["status"] == "ok"]
         classes = sorted({(int(record["label"]), str(record["class"])) for record in records})
         files = [(str(record["file"]), str(record["name"]), str(record["class"])) for record in records]
+        # Whoever made the folder must not say where files of ours go.
+        if bad := next((text for file, name, _ in files for text in (file, name) if not _safe(text)), None):
+            raise ValueError(f"{bad!r} is not a path inside the folder")
+        if len({name.casefold() for _, name, _ in files}) < len(files):
+            raise ValueError("two images have one name")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder / MANIFEST} is damaged: {error!r}. Delete it to read the folder by its class folders."
@@ -234,11 +243,11 @@ def _rows(path: Path, skipped: list[Skip]) -> Iterator[tuple[int, dict[str, Any]
         raise InputError(f"Cannot read {path} as UTF-8 text: {error}.") from error
     if path.suffix.lower() == ".csv":
         try:
-            yield from enumerate(csv.DictReader(text.splitlines()), start=2)
+            yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2)
         except csv.Error as error:
             raise InputError(f"{path} is not a CSV file: {error}.") from error
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a caption may hold other line ends
         if not line.strip():
             continue
         try:

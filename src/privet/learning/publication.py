@@ -90,12 +90,7 @@ def publish_changed(
         "precision": runtime.precision,
         "compile": runtime.compile,
         "device": describe_device(runtime.device, torch.get_num_threads(), runtime.world),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": versions(),
     }
     if runtime.rank == 0 and claim(out, run) and (written := _intact(out)) and runtime.world == 1:
         return Publication(out=out, written=written, run=read_json(out / RUN))
@@ -124,6 +119,16 @@ def publish_changed(
             write_bytes(out / name, (job.workspace / name).read_bytes())
     finish(out, run, job.facts)
     return Publication(out=out, written=written, run={**run, "facts": job.facts})
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the software on which a result's exact bytes depend."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+    }
 
 
 def _intact(out: Path) -> Written | None:

@@ -86,6 +86,13 @@ class Learner:
             raise UsageError(
                 f"{self.architecture} learns without labels, with SGD alone; leave the optimiser out."
             )
+        if not (self.learning_rate is None or 0 < self.learning_rate < math.inf) or not (
+            self.weight_decay is None or 0 <= self.weight_decay < math.inf
+        ):
+            raise UsageError(
+                "A learner needs a positive learning rate and a weight decay of at least 0, got "
+                f"{self.learning_rate} and {self.weight_decay}."
+            )
         if self.epochs < 1 or self.batch_size < 2:
             raise UsageError(
                 f"A learner needs at least 1 epoch and batches of 2, got {self.epochs} and {self.batch_size}."

@@ -31,7 +31,7 @@ def write_report(audit: Audit, out: Path) -> Path:
     report = summarise(audit)
     write_json(out / JSON, report)
     page = render(report, pictures=_pictures(audit), recovered=_recovered(audit))
-    write_bytes(out / PAGE, page.encode())
+    write_bytes(out / PAGE, page.encode("utf-8", "backslashreplace"))  # file names need not be UTF-8
     return out / PAGE
 
 
