@@ -293,6 +293,15 @@ def test_a_split_of_a_folder_is_a_folder_of_classes(tmp_path: Path) -> None:
     assert by_name(open_images(tmp_path, split="test")) == {"b/0": ("b", 2)}
 
 
+def test_what_is_skipped_does_not_decide_at_which_size_others_are_seen(tmp_path: Path) -> None:
+    put(tmp_path / "a/0.png", png(1))
+    frames = [Image.new("L", (50, 40), shade) for shade in (0, 200)]
+    frames[0].save(tmp_path / "a/1.gif", save_all=True, append_images=frames[1:])
+    images = open_images(tmp_path)
+    assert images.size == (8, 8)
+    assert [skip.file for skip in images.skipped] == ["a/1.gif"]
+
+
 def test_captions_may_hold_other_line_ends(tmp_path: Path) -> None:
     put(tmp_path / "x.png", png(7))
     rows = {"path": "x.png", "label": "a", "caption": "one\u2028two\u0085three"}

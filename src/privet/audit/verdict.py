@@ -70,10 +70,10 @@ def judge(plan: Plan, table: Sequence[Row], flags: Sequence[Flag], facts: Facts)
     plain = next(grade for grade in grades if grade.recovery == "none")
     grave = [flag.name for flag in flags if flag.grave]
     narrow = [flag.name for flag in flags if flag.narrow]
-    for grade in grades:
-        everywhere = len(grade.untested) == len(plan.architectures)
+    for one in grades:
+        everywhere = len(one.untested) == len(plan.architectures)
         narrow += [
-            f"{grade.recovery}-untested" + ("" if everywhere else f"-with-{name}") for name in grade.untested
+            f"{one.recovery}-untested" + ("" if everywhere else f"-with-{name}") for name in one.untested
         ]
     narrow = list(dict.fromkeys(narrow))
     if grave:

@@ -102,18 +102,32 @@ class Picture:
 
 
 def measure(data: bytes) -> tuple[int, int]:
-    """Return height and width, upright, from the header alone.
+    """Return height and width, upright, without decoding.
 
     Raises:
-        PictureError: not an image, or one too large to decode safely.
+        PictureError: not an image, one too large to decode safely, or animated.
     """
     with _open(data) as image:
+        _frames(image)  # what is skipped later must not decide at which size the others are seen
         width, height = image.size
         try:  # Pillow turns TIFF files upright itself
             turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
         except Exception:
             turned = False
     return (width, height) if turned else (height, width)
+
+
+def _frames(image: Image.Image) -> int:
+    """Return how many pictures a file holds: one, or several of which the first will do."""
+    try:
+        frames = int(getattr(image, "n_frames", 1))
+    except Exception as error:
+        raise PictureError(f"damaged: {_words(error)}") from error
+    if frames > 1 and image.format not in ("MPO", "ICO"):
+        raise PictureError(
+            f"animated or of several pages: {frames} frames, of which only one could be protected"
+        )
+    return frames
 
 
 def decode(data: bytes) -> Picture:
@@ -124,18 +138,12 @@ def decode(data: bytes) -> Picture:
     """
     with _open(data) as image:
         notes = []
+        if (frames := _frames(image)) > 1:
+            notes.append(f"the first of {frames} pictures was kept")
         try:
-            frames = int(getattr(image, "n_frames", 1))
-            if frames == 1 or image.format in ("MPO", "ICO"):
-                image.load()
+            image.load()
         except Exception as error:
             raise PictureError(f"damaged: {_words(error)}") from error
-        if frames > 1 and image.format in ("MPO", "ICO"):
-            notes.append(f"the first of {frames} pictures was kept")
-        elif frames > 1:
-            raise PictureError(
-                f"animated or of several pages: {frames} frames, of which only one could be protected"
-            )
         metadata = _metadata(image, notes)
         if image.format == "PNG" and _png_depth(data) == 16 and image.mode in ("RGB", "RGBA"):
             notes.append("16-bit colour reduced to 8 bits")
