@@ -95,6 +95,14 @@ def test_from_keys_to_a_leak(
         )  # fmt: skip
         assert "12 images fingerprinted as copy" in out
 
+    entries = (keys / "ledger.jsonl").read_bytes()
+    out = run(
+        *give, "--licensee", "Cy", "--out", tmp_path / "Cy.licence",
+        "--copy", tmp_path / "Cy-copy", "--protected", tmp_path / "Ada-copy", "--clean", clean, code=2,
+    )  # fmt: skip
+    assert "Ada-copy is a licensee's copy" in out and not (tmp_path / "Cy.licence").exists()
+    assert (keys / "ledger.jsonl").read_bytes() == entries
+
     licence = ("--licence", tmp_path / "Ada.licence", "--passphrase-file", theirs)
     out = run("verify", tmp_path / "Ada-copy", *licence, "--vendor", keys / "vendor.pub")
     assert "The licence of Ada holds for cats until 2100-01-01." in out and "(12 images)" in out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,10 +12,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from privet.errors import LicenceError, UsageError
+from privet.errors import (
+    FileListError,
+    LicenceError,
+    ManifestError,
+    OtherReleaseError,
+    UsageError,
+    WrongLicenceError,
+)
+from privet.files import read_lines
 from privet.images import ImageSet, open_images
 from privet.learning import Runtime
-from privet.licensing import Suspect, find_leak, issue, make_copy, mark, trace, verify
+from privet.licensing import (
+    Licence,
+    Suspect,
+    Vendor,
+    find_leak,
+    issue,
+    make_copy,
+    mark,
+    read_manifest,
+    trace,
+    verify,
+    write_manifest,
+)
 from privet.models.keyed_stem import KeyedStem
 from privet.seeds import generator
 from tests.licensing.conftest import EASY, OURS, THEIRS, World
@@ -96,6 +118,54 @@ def test_the_innocent_are_not_accused() -> None:
         assert float((scores >= level).float().mean()) <= math.exp(-(level**2) / 2)
 
 
+def repeated(images: ImageSet, times: int, noise: int = 0) -> ImageSet:
+    """Return every image many times under names of its own, each time with other noise of so many 1/255."""
+    many = images.subset(list(range(len(images))) * times)
+    moved = many.pixels.int() + torch.randint(
+        -noise, noise + 1, many.pixels.shape, generator=generator(2, "resaved")
+    )
+    return replace(
+        many.with_pixels(moved.clamp(0, 255).to(torch.uint8)),
+        names=tuple(f"found-{number}" for number in range(len(many))),
+    )
+
+
+@pytest.mark.parametrize("stem", [STEM, None], ids=["stem", "pixels"])
+def test_files_of_one_image_count_as_one(stem: KeyedStem | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the score of the innocent would grow with the root of the number of files."""
+    clean = pictures(4)
+    protected = protect(clean, stem)
+    many = {f"copy-{number}": number.to_bytes(32, "big") for number in range(100)}
+    once = trace(clean.subset([2]), protected, many, stem=stem)
+    for times in (16, 64):
+        found = trace(repeated(clean.subset([2]), times), protected, many, stem=stem)
+        assert [suspect.score for suspect in found] == pytest.approx([suspect.score for suspect in once])
+    for leaked in (
+        repeated(clean.subset([2]), 64, noise=3),  # saved anew each time
+        repeated(pictures(1, seed=9), 64),  # somebody else's image, again and again
+        pictures(400, seed=11),  # more of somebody else's images than were protected
+    ):
+        found = trace(leaked, protected, many, stem=stem)
+        assert guilty(found) == [] and found[0].score < 4.5
+    scores = [suspect.score for suspect in found]
+    monkeypatch.setattr("privet.licensing.fingerprint.CHUNK", 3)  # in parts of the found and of the protected
+    again = trace(leaked, protected, many, stem=stem)
+    assert [suspect.score for suspect in again] == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("stem", [STEM, None], ids=["stem", "pixels"])
+def test_the_guilty_are_named_among_many_files(stem: KeyedStem | None) -> None:
+    clean = pictures(4)
+    protected = protect(clean, stem)
+    copy = mark(protected, clean, PEOPLE["copy-7"], epsilon=8, stem=stem)
+    once = trace(copy, protected, PEOPLE, stem=stem)
+    found = trace(repeated(copy, 16), protected, PEOPLE, stem=stem)
+    assert guilty(found) == ["copy-7"] and found[0].score == pytest.approx(once[0].score)
+    noisy = [trace(repeated(copy, times, noise=3), protected, PEOPLE, stem=stem) for times in (1, 16)]
+    assert guilty(noisy[1]) == ["copy-7"]
+    assert noisy[1][0].score > noisy[0][0].score  # noise of many files of one image cancels
+
+
 def test_the_statement_is_the_bound() -> None:
     clean = pictures(1)
     protected = protect(clean, None)
@@ -168,3 +238,88 @@ def test_copies_of_a_release(made: World, tmp_path: Path, runtime: Runtime) -> N
         for who, suspect in find_leak(root / "Bo-copy", made.folder, made.vendor, "cats-1", OURS)
     ]
     assert names == [("Bo", True), ("Cy", False)]
+
+
+def with_a_ledger_of_its_own(made: World, folder: Path) -> Vendor:
+    """Return the vendor with a copy of their folder, so that no other test meets its licensees."""
+    shutil.copytree(made.vendor.folder, folder / "vendor")
+    return replace(made.vendor, folder=folder / "vendor")
+
+
+def test_copies_are_made_of_the_licensed_release_alone(
+    made: World, copied: Callable[[], Path], tmp_path: Path, runtime: Runtime
+) -> None:
+    ours = with_a_ledger_of_its_own(made, tmp_path)
+
+    def given(name: str) -> Licence:
+        return issue(
+            ours,
+            "cats-1",
+            OURS,
+            licensee=name,
+            passphrase=THEIRS,
+            out=tmp_path / name,
+            copied=True,
+            work=EASY,
+        )
+
+    def make(base: Path, licence: Licence, out: str, vendor: Vendor = ours) -> None:
+        make_copy(base, made.root / "clean", licence, vendor, tmp_path / out, runtime=runtime, workers=1)
+
+    first, second = given("Di"), given("Ed")
+    make(made.folder, first, "copy-of-Di")
+    manifest = read_manifest(made.folder, public=ours.public)
+    for licence in (first, second):  # also whoever already has this very copy
+        with pytest.raises(
+            UsageError, match="copy-of-Di is a licensee's copy .*folder of the release itself"
+        ):
+            make(tmp_path / "copy-of-Di", licence, "refused")
+    with pytest.raises(UsageError, match="is a licensee's copy"):
+        find_leak(made.folder, tmp_path / "copy-of-Di", ours, "cats-1", OURS)
+    with pytest.raises(OtherReleaseError, match="for the release 'dogs'"):
+        make(made.folder, replace(second, terms=replace(second.terms, release="dogs")), "refused")
+    with pytest.raises(WrongLicenceError, match="commits to"):
+        make(made.folder, replace(second, salt=bytes(32)), "refused")
+    with pytest.raises(WrongLicenceError, match="another vendor's"):
+        make(made.folder, second, "refused", Vendor.create(tmp_path / "other", OURS, work=EASY))
+    with pytest.raises(ManifestError, match="Get the whole release"):
+        find_leak(made.folder, made.root / "clean", ours, "cats-1", OURS)
+
+    base = copied()
+    write_manifest(base, replace(manifest, release="cats-2"), ours)
+    with pytest.raises(OtherReleaseError, match="is the release 'cats-2'; asked was about 'cats-1'"):
+        find_leak(made.folder, base, ours, "cats-1", OURS)
+    write_manifest(base, replace(manifest, budget={"norm": "l0", "amount": 1}), ours)
+    with pytest.raises(UsageError, match="names none that is L-infinity"):
+        make(base, second, "refused")
+    write_manifest(base, manifest, ours)
+    next(base.rglob("*.png")).unlink()
+    with pytest.raises(FileListError, match="missing"):
+        make(base, second, "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_licence_with_a_copy_waits_for_its_base(
+    made: World, copied: Callable[[], Path], tmp_path: Path
+) -> None:
+    """Neither the ledger nor the licence tells of a copy that cannot be made."""
+    base, ours = copied(), with_a_ledger_of_its_own(made, tmp_path)
+    manifest = read_manifest(base, public=ours.public)
+    ledger, file = ours.folder / "ledger.jsonl", tmp_path / "Fay"
+    entries = len(read_lines(ledger))
+    for wrong, error, message in (
+        ({"copy": "0123456789abcdef"}, UsageError, "is a licensee's copy"),
+        ({"release": "cats-2"}, OtherReleaseError, "this is 'cats-2'"),
+        ({"commitments": {}}, WrongLicenceError, "commits to"),
+        ({"budget": None}, UsageError, "names none that is L-infinity"),
+        ({}, None, ""),
+    ):
+        write_manifest(base, replace(manifest, **wrong), ours)  # type: ignore[arg-type]
+        arguments = {"licensee": "Fay", "passphrase": THEIRS, "out": file, "copied": True, "base": base}
+        if error is None:
+            issue(ours, "cats-1", OURS, work=EASY, **arguments)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(error, match=message):
+            issue(ours, "cats-1", OURS, work=EASY, **arguments)  # type: ignore[arg-type]
+        assert not file.exists() and len(read_lines(ledger)) == entries
+    assert file.exists() and len(read_lines(ledger)) == entries + 1

@@ -79,6 +79,22 @@ def test_a_change_that_differs_within_a_class_is_no_lock() -> None:
         Unlock.between(images, protected.with_pixels(spoilt))
 
 
+def test_a_class_without_images_needs_no_pattern() -> None:
+    images = blobs(9)
+    protected, _ = locked(images, 8, 0)
+    unlock = Unlock.between(images, protected)
+    more = {"class_names": (*images.class_names, "none of these")}
+    opened = unlock.apply_to(replace(protected, **more))
+    assert torch.equal(opened.pixels, unlock.apply_to(protected).pixels)
+    assert set(Unlock.between(replace(images, **more), replace(protected, **more)).patterns) == {
+        "0",
+        "1",
+        "2",
+    }
+    nothing = images.subset([])
+    assert len(unlock.apply_to(nothing)) == 0
+
+
 def test_what_does_not_fit_is_refused(runtime: Runtime) -> None:
     images = blobs(6)
     unlock = Unlock.between(images, locked(images, 8, 0)[0])

@@ -35,7 +35,7 @@ from privet.errors import (
     VersionError,
     WrongLicenceError,
 )
-from privet.images import ImageSet
+from privet.images import ImageSet, write_images
 from privet.learning import Runtime
 from privet.licensing import (
     Vendor,
@@ -51,6 +51,7 @@ from privet.licensing import (
 )
 from privet.licensing.manifest import NAME, canonical, merkle_root, parse_manifest
 from privet.models import create_model
+from tests.conftest import blobs
 from tests.licensing.conftest import EASY, OURS, PLAN, RECIPE, THEIRS, World, protect, publish
 
 SOON = datetime.date(2030, 6, 30)
@@ -293,17 +294,23 @@ def test_hostile_contents_end_in_typed_errors(made: World, tmp_path: Path, place
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 64, b"\xff" * 8, (2).to_bytes(8, "little") + b"{}"])
-def test_seals_around_something_else(made: World, tmp_path: Path, content: bytes) -> None:
+def test_seals_around_something_else(tmp_path: Path, content: bytes) -> None:
     from privet.licensing.sealed import write_sealed
 
     write_sealed(tmp_path / "odd", content, THEIRS, work=EASY)
     with pytest.raises((BundleError, VersionError)):
         read_licence(tmp_path / "odd", THEIRS)
+
+
+@pytest.mark.parametrize("length", [0, 8, 63, 64, 65])
+def test_keys_of_a_vendor_have_one_length(tmp_path: Path, length: int) -> None:
+    from privet.licensing.sealed import write_sealed
+
+    write_sealed(tmp_path / "vendor/vendor.key", b"x" * length, OURS, work=EASY)
+    if length == 64:
+        assert Vendor.open(tmp_path / "vendor", OURS)._secret == b"x" * 32
+        return
     with pytest.raises(BundleError, match="does not hold a vendor's keys"):
-        (tmp_path / "vendor").mkdir(exist_ok=True)
-        write_sealed(tmp_path / "vendor/vendor.key", content, OURS, work=EASY)
-        if len(content) == 64:
-            raise BundleError("does not hold a vendor's keys")
         Vendor.open(tmp_path / "vendor", OURS)
 
 
@@ -380,6 +387,72 @@ def test_the_same_release_again_is_the_same(made: World, tmp_path: Path) -> None
     assert replace(first, created="") == replace(again, created="")
     with pytest.raises(PassphraseError):
         release(tmp_path / "p", vendor, "r", "?", stem=PLAN, clean=made.root / "clean", work=EASY)
+
+
+def test_a_name_stands_for_the_same_images(made: World, tmp_path: Path) -> None:
+    vendor = Vendor.create(tmp_path / "v", OURS, work=EASY)
+
+    def make(folder: str, **more: Path) -> None:
+        release(
+            tmp_path / folder, vendor, "r", OURS, stem=PLAN, clean=tmp_path / f"{folder}-clean", work=EASY, **more
+        )  # fmt: skip
+
+    for folder, count, seed in (("p", 12, 0), ("other", 12, 7), ("more", 15, 0)):
+        clean = blobs(count, seed=seed)
+        write_images(clean, clean, tmp_path / f"{folder}-clean", workers=1)
+        publish(clean, protect(clean, vendor, "r"), tmp_path / folder)
+    make("p")
+    record = tmp_path / "v/r.images.json"
+    assert record.stat().st_mode & 0o777 == 0o600
+    kept = record.read_bytes()
+    for folder in ("other", "more"):
+        with pytest.raises(OutputError, match="There was a release r of other images"):
+            make(folder)
+        assert not (tmp_path / folder / NAME).exists() and record.read_bytes() == kept
+    # The same images, with an audit, a text, and files written anew, are the same release.
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "p/README").write_text("cats")
+    resave(tmp_path / "p")
+    make("p", audit=tmp_path / "report.json")
+    assert read_manifest(tmp_path / "p", public=vendor.public).audit is not None
+    assert record.read_bytes() == kept
+    image_of(tmp_path / "p").rename(tmp_path / "p/0/another.png")  # fingerprints go by names
+    image_of(tmp_path / "p-clean").rename(tmp_path / "p-clean/0/another.png")
+    with pytest.raises(OutputError, match="of other images"):
+        make("p")
+    # A vendor's folder of before there was a record: the next release makes it.
+    record.unlink()
+    make("other")
+    with pytest.raises(OutputError, match="of other images"):
+        make("p")
+
+
+def test_a_release_keeps_its_own_secrets(made: World, tmp_path: Path) -> None:
+    folder, initial = tmp_path / "p", made.root / "initial.safetensors"
+    publish(made.clean, made.protected, folder)
+    vendor = Vendor.create(tmp_path / "v", OURS, work=EASY)
+
+    def refused(message: str, *, by: Vendor = vendor, weights: Path = initial) -> None:
+        with pytest.raises(InputError, match=message):
+            release(folder, by, "r", OURS, weights=weights, work=EASY)
+        assert not (folder / NAME).exists() and not (by.folder / "r.licence").exists()
+
+    inside = folder / "0/initial.safetensors"
+    shutil.copy(initial, inside)
+    refused("secret initial weights, lies in it. Move it to a private place", weights=inside)
+    (tmp_path / "link").symlink_to(inside)
+    refused("secret initial weights, lies in it", weights=tmp_path / "link")
+    inside.rename(folder / "notes.txt")
+    refused("notes.txt has the bytes of .*initial.safetensors, which must stay private")
+    (folder / "notes.txt").unlink()
+    for name in ("vendor.key", "cats.surrogate.safetensors"):
+        (vendor.folder / "cats.surrogate.safetensors").write_bytes(b"what the noise was found with")
+        shutil.copy(vendor.folder / name, folder / "notes.txt")
+        refused(f"notes.txt has the bytes of .*{name}, which must stay private")
+    shutil.copy(vendor.folder / "vendor.pub", folder / "notes.txt")  # which everybody may have
+    assert "notes.txt" in release(folder, vendor, "r", OURS, weights=initial, work=EASY).files
+    (folder / NAME).unlink()
+    refused("the vendor's folder, lies in it", by=Vendor.create(folder / "keys", OURS, work=EASY))
 
 
 def test_a_loop_of_ones_own(made: World) -> None:

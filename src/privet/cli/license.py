@@ -151,7 +151,7 @@ def release(
     keys
         The vendor's folder.
     name
-        Of the release, never used before: its keys follow from it.
+        Of the release, never used for other images: its keys follow from it.
     stem
         The release has a keyed stem, though its files are not from `privet license protect`, which says so itself.
         In either case it is checked that the stem fits.
@@ -234,7 +234,7 @@ def issue(
     copy
         New folder for the licensee's own fingerprinted copy; needs --protected and --clean.
     protected
-        The release's folder.
+        The release's folder, not a licensee's copy of it; checked before the licence is written.
     clean
         The originals, around which the budget is kept.
     vendor_passphrase_file
@@ -252,16 +252,19 @@ def issue(
     vendor_passphrase = read_passphrase(vendor_passphrase_file, "Passphrase of the vendor")
     vendor = Vendor.open(keys, vendor_passphrase)
     passphrase = read_passphrase(passphrase_file, f"New passphrase for {licensee}", twice=True)
-    licence = make(
-        vendor,
-        name,
-        vendor_passphrase,
-        licensee=licensee,
-        passphrase=passphrase,
-        out=out,
-        expires=expires,
-        copied=copy is not None,
-    )
+    with progress() as listener:
+        licence = make(
+            vendor,
+            name,
+            vendor_passphrase,
+            licensee=licensee,
+            passphrase=passphrase,
+            out=out,
+            expires=expires,
+            copied=copy is not None,
+            base=None if copy is None else protected,
+            progress=listener,
+        )
     say(f"Licence of {escape(licensee)} for {escape(name)} written to {escape(str(out))}")
     if copy is not None and protected is not None and clean is not None:
         from privet.cli.screen import written
@@ -376,7 +379,7 @@ def trace(
     leaked: str,
     /,
     *,
-    protected: str,
+    protected: Path,
     keys: Path,
     name: str,
     false_accusations: float = 1e-6,
@@ -390,7 +393,7 @@ def trace(
     leaked
         Images that were found, under whatever names.
     protected
-        The release's folder: the files before any copy was marked.
+        The release's folder with its release.json: the files before any copy was marked.
     keys
         The vendor's folder.
     name

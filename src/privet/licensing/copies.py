@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from privet.errors import LicenceError, UsageError
+from privet.errors import LicenceError, OtherReleaseError, UsageError, WrongLicenceError
 from privet.files import read_lines
 from privet.images import ImageSet, open_images
 from privet.images.budget import Budget
@@ -16,6 +16,7 @@ from privet.licensing.keys import Vendor
 from privet.licensing.licence import Licence
 from privet.licensing.manifest import describe_files, read_manifest, write_manifest
 from privet.licensing.release import now, open_master, open_pair
+from privet.licensing.verify import check_base, refuse_copy
 from privet.progress import Progress, silent
 
 
@@ -33,9 +34,9 @@ def make_copy(
     """Write a licensee's fingerprinted copy of a release, with a manifest of its own.
 
     Args:
-        protected: the release's folder, with its manifest.
+        protected: the release's folder, with its manifest; it is verified, for the copy is signed anew.
         clean: the originals.
-        licence: issued with `copied`.
+        licence: for this release, issued with `copied`.
         vendor: who signs.
         out: a new folder; a killed call goes on there.
         runtime: where.
@@ -43,16 +44,17 @@ def make_copy(
         progress: told about images.
 
     Raises:
-        UsageError: the licence has no copy, or the release no L-infinity budget to stay in.
-        PrivetError: as `read_manifest`, `open_images` and `publish_changed`.
+        UsageError: the licence has no copy, the folder is a copy itself, or the release has no L-infinity budget.
+        WrongLicenceError: the licence is another vendor's.
+        PrivetError: as `verify`, `open_images` and `publish_changed`.
     """
     copy = licence.terms.copy
-    manifest = read_manifest(protected, public=vendor.public)
+    if copy is None:
+        raise UsageError("A copy needs a licence that was issued with one.")
+    if licence.terms.public_key != vendor.public.hex():
+        raise WrongLicenceError("The licence is another vendor's than the one who makes the copy.")
+    manifest = check_base(protected, licence, workers=workers, progress=progress)
     budget = manifest.budget or {}
-    if copy is None or budget.get("norm") != "linf":
-        raise UsageError(
-            "A copy needs a licence that was issued with one, and a release with an L-infinity budget."
-        )
     images, originals = open_pair(protected, clean, progress)
     key = vendor.fingerprint(manifest.release, copy)
     epsilon = int(budget["amount"])
@@ -81,7 +83,7 @@ def make_copy(
 
 def find_leak(
     leaked: str | Path,
-    protected: str | Path,
+    protected: Path,
     vendor: Vendor,
     name: str,
     passphrase: str,
@@ -93,7 +95,7 @@ def find_leak(
 
     Args:
         leaked: images that were found.
-        protected: the release before any copy was marked.
+        protected: the release's folder, with its manifest, before any copy was marked.
         vendor: whose ledger names the licensees.
         name: of the release.
         passphrase: the vendor's.
@@ -102,6 +104,9 @@ def find_leak(
 
     Raises:
         LicenceError: nobody got a copy of this release.
+        OtherReleaseError: the folder is of another release.
+        UsageError: the folder is a licensee's copy.
+        PrivetError: as `read_manifest`, `open_images` and `trace`.
     """
     copies = {
         str(entry["copy"]): str(entry["licensee"])
@@ -112,6 +117,10 @@ def find_leak(
         raise LicenceError(
             f"The ledger knows no copy of the release {name!r}; copies are issued with --copy."
         )
+    manifest = read_manifest(protected, public=vendor.public)
+    if manifest.release != name:
+        raise OtherReleaseError(f"{protected} is the release {manifest.release!r}; asked was about {name!r}.")
+    refuse_copy(protected, manifest)
     stem = open_master(vendor, name, passphrase).stem
     base = open_images(protected, progress=progress)
     found = open_images(leaked, size=base.size, progress=progress)

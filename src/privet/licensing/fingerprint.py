@@ -5,12 +5,15 @@ stem along its signs (so that the licensee's network does not see it either), or
 pixel, all channels alike. A chip is 1 or -1 by the licensee's key, and 0 where it would leave the budget
 around the original, or clip.
 
-Tracing compares a leaked image with the protected one: r is the change along each chip, cut to -1 to 1,
-and a licensee's score is c . r / |r|. If a licensee had no part in the leak, their chips c are independent of r
-and as good as fair coins, so by Hoeffding's inequality their score reaches t with probability at most
-exp(-t^2 / 2), whatever was done to the image. That bound, times the number of licensees, is the stated
-probability of a false accusation. Of k copies that are averaged without rounding each keeps a score of about
-sqrt(N / k), with N chips.
+Tracing compares each leaked image with the protected one that looks most like it: the change along each chip,
+cut to -1 to 1. Of all leaked images that are nearest to one protected image the mean is taken; r is these means,
+of every protected image that was found, one after the other, and a licensee's score is c . r / |r|. If a licensee
+had no part in the leak, their chips c are independent of r and as good as fair coins, so by Hoeffding's inequality
+their score reaches t with probability at most exp(-t^2 / 2), whatever was done to the images. That needs every chip
+to count once, which the means see to: were each file scored by itself, a hundred files of one image would be a
+hundred times the same coins, and the score of the innocent would grow with the root of their number. The bound,
+times the number of licensees, is the stated probability of a false accusation. Of k copies that are averaged
+without rounding each keeps a score of about sqrt(N / k), with N chips.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Suspect:
 
     Attributes:
         copy: its name.
-        score: c . r / |r|.
+        score: c . r / |r|, with each protected image's chips counted once.
         false_accusation: an upper bound on the probability that any of the innocent scores as high.
         guilty: whether that is at most what was allowed.
     """
@@ -101,7 +104,8 @@ def trace(
     """Say of each copy how surely the leaked images come from it, the surest first.
 
     Args:
-        leaked: images that were found, under whatever names; opened at the size of the protected ones.
+        leaked: images that were found, under whatever names, the same one many times among them; opened at the size
+            of the protected ones.
         protected: the images before any copy was marked.
         keys: each copy's key by the copy's name.
         stem: of the release, if it has one.
@@ -118,18 +122,26 @@ def trace(
     if not keys or not 0 < false_accusations < 1:
         raise UsageError("Expected at least one copy to compare with, and a probability between 0 and 1.")
     chip = _carrier(stem)
-    dots, square = dict.fromkeys(keys, 0.0), 0.0
-    thumbnails = _thumbnails(protected.pixels)
-    for start in range(0, len(leaked), CHUNK):
-        pixels = leaked.pixels[start : start + CHUNK]
-        index = torch.cdist(_thumbnails(pixels), thumbnails).argmin(1)
-        change = pixels.float() - protected.pixels[index].float()
-        response = chip.amplitude(change).clamp(-1, 1).double()
+    dots, square, done = dict.fromkeys(keys, 0.0), 0.0, 0
+    nearest = _nearest(leaked.pixels, protected.pixels)
+    matched = torch.unique(nearest)
+    for start in range(0, len(matched), CHUNK):
+        index = matched[start : start + CHUNK]  # each protected image once, so that its chips count once
+        files = torch.isin(nearest, index).nonzero().flatten()
+        place = torch.searchsorted(index, nearest[files])
+        response = torch.zeros(len(index), chip.groups(protected.size), dtype=torch.float64)
+        for first in range(0, len(files), CHUNK):
+            some = files[first : first + CHUNK]
+            change = leaked.pixels[some].float() - protected.pixels[nearest[some]].float()
+            along = chip.amplitude(change).clamp(-1, 1).double()
+            response.index_add_(0, place[first : first + CHUNK], along)
+            done += len(some)
+            progress("tracing", done, len(leaked))
+        response /= torch.bincount(place)[:, None]
         square += float(response.square().sum())
         names = [protected.names[position] for position in index.tolist()]
         for copy, key in keys.items():
             dots[copy] += float((_chips(key, names, response.shape[1]) * response).sum())
-        progress("tracing", min(start + CHUNK, len(leaked)), len(leaked))
     suspects = []
     for copy, dot in dots.items():
         score = dot / math.sqrt(square) if square else 0.0
@@ -145,6 +157,16 @@ def _carrier(stem: KeyedStem | None) -> KeyedStem:
     if stem is not None:
         return stem
     return KeyedStem(torch.zeros(3, 1, 1, dtype=torch.int32), torch.ones(3, 1, 1, dtype=torch.int8))
+
+
+def _nearest(leaked: Tensor, protected: Tensor) -> Tensor:
+    """Return of each leaked image the position of the protected one that looks most like it."""
+    nearest = torch.empty(len(leaked), dtype=torch.int64)
+    thumbnails = _thumbnails(protected)
+    for start in range(0, len(leaked), CHUNK):
+        part = _thumbnails(leaked[start : start + CHUNK])
+        nearest[start : start + CHUNK] = torch.cdist(part, thumbnails).argmin(1)
+    return nearest
 
 
 def _chips(key: bytes, names: tuple[str, ...] | list[str], count: int) -> Tensor:

@@ -14,6 +14,8 @@ from privet.licensing.keys import Vendor
 from privet.licensing.licence import Licence, write_licence
 from privet.licensing.release import now, open_master
 from privet.licensing.sealed import WORK
+from privet.licensing.verify import check_base
+from privet.progress import Progress, silent
 
 LEDGER = "ledger.jsonl"
 
@@ -28,7 +30,9 @@ def issue(
     out: Path,
     expires: str | None = None,
     copied: bool = False,
+    base: Path | None = None,
     work: int = WORK,
+    progress: Progress = silent,
 ) -> Licence:
     """Write a licensee's licence, and enter it into the ledger.
 
@@ -41,11 +45,14 @@ def issue(
         out: the file to write.
         expires: the last day, YYYY-MM-DD, or None. A date that is kept by those who keep it: no key can be called back.
         copied: whether the licensee gets a copy of their own (`make_copy`).
+        base: the release's folder, which their copy will be made of: checked before anything is written. None leaves
+            that to `make_copy`, when the licence is out.
         work: as for `seal`.
+        progress: told about the files of `base`.
 
     Raises:
-        LicenceError: there is no such release, or as `read_licence`.
-        UsageError: no licensee, or no date.
+        LicenceError: there is no such release, or as `read_licence`; the folder as `check_base`.
+        UsageError: no licensee, or no date; the folder as `check_base`.
         OutputError: the file exists.
     """
     if not licensee.strip():
@@ -55,6 +62,8 @@ def issue(
     master = open_master(vendor, name, vendor_passphrase)
     copy = vendor.copy_name(name, licensee) if copied else None
     licence = replace(master, terms=replace(master.terms, licensee=licensee, expires=expires, copy=copy))
+    if base is not None:
+        check_base(base, licence, progress=progress)
     entry = {"release": name, "licensee": licensee, "copy": copy, "expires": expires, "issued": now()}
     ledger = vendor.folder / LEDGER
     ledger.touch(mode=0o600)

@@ -1,7 +1,8 @@
 """Make a release of protected files: sign what is in it, and keep what licences are made of.
 
 The vendor's folder gets, beside the keys, one licence for each release, sealed with the vendor's own
-passphrase, from which licensees' are made (`NAME.licence`). It is private.
+passphrase, from which licensees' are made (`NAME.licence`), and a digest of the images that the name was used
+for (`NAME.images.json`). It is private.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from typing import Any
 from torch import Tensor
 
 from privet.errors import InputError, LicenceError, OutputError, UsageError
-from privet.files import RUN, read_json, sha256
+from privet.files import RUN, json_line, read_json, sha256, write_bytes
 from privet.images import ImageSet, open_images, pair
 from privet.images.picture import measure
 from privet.learning import Learner
 from privet.licensing.keys import Vendor
 from privet.licensing.licence import Licence, Terms, read_licence, write_licence
-from privet.licensing.manifest import Manifest, check_name, describe_files, write_manifest
+from privet.licensing.manifest import (
+    FileRecord,
+    Manifest,
+    canonical,
+    check_name,
+    describe_files,
+    write_manifest,
+)
 from privet.licensing.protect import weights_path
 from privet.licensing.sealed import WORK
 from privet.licensing.unlock import Unlock
@@ -30,6 +38,8 @@ from privet.models.keyed_stem import KeyedStem
 from privet.models.weights import read_tensors
 from privet.progress import Progress, silent
 from privet.protection import UGE, KeyedEM, Lock
+
+PRIVATE = (".key", ".licence", ".safetensors")  # of files in a vendor's folder that nobody else may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +71,7 @@ def release(
     Args:
         folder: what was protected; gets `release.json`.
         vendor: who signs.
-        name: of the release, never used before; the stem follows from it.
+        name: of the release, never used for other images; the stem follows from it.
         passphrase: of the vendor, for the file that the licences are made from.
         stem: the stem that the perturbation was confined to; None for what `protect` wrote into run.json,
             if it made these files, and else for no stem.
@@ -78,7 +88,8 @@ def release(
     Raises:
         UsageError: no stem, lock or weights, so that nothing would authorise; or a recipe that cannot work.
         LicenceError: the perturbation is not what the stem takes away, or no lock.
-        InputError, OutputError: as usual.
+        InputError: the folder holds something secret, or as usual.
+        OutputError: there was a release of this name with other images, keys or recipe, or as usual.
     """
     check_name(name)
     settings = check_recipe(recipe or {})
@@ -90,6 +101,7 @@ def release(
         raise UsageError(
             "Expected a stem, a lock or initial weights: without any, everybody is authorised alike."
         )
+    _check_places(folder, vendor, weights)
     tensors: dict[str, Tensor] = {}
     if stem is not None or lock:
         if clean is None:
@@ -111,12 +123,14 @@ def release(
         tensors |= {f"weights/{key}": value for key, value in read_tensors(weights)[0].items()}
     terms = Terms(release=name, licensee="vendor", recipe=settings, public_key=vendor.public.hex())
     master = Licence(terms=terms, salt=vendor.salt(name), tensors=tensors)
+    files = describe_files(folder)
+    _check_contents(folder, files, vendor, weights)
     manifest = Manifest(
         release=name,
         copy=None,
         created=now(),
         public_key=vendor.public.hex(),
-        files=describe_files(folder),
+        files=files,
         method=run.get("method"),
         budget=run.get("budget"),
         commitments=master.commitments,
@@ -130,6 +144,7 @@ def release(
             )
     else:
         write_licence(path, master, vendor, passphrase, work=work)
+    _check_images(images_path(vendor, name), files, name)
     write_manifest(folder, manifest, vendor)
     return manifest
 
@@ -164,6 +179,11 @@ def master_path(vendor: Vendor, name: str) -> Path:
     return vendor.folder / f"{check_name(name)}.licence"
 
 
+def images_path(vendor: Vendor, name: str) -> Path:
+    """Return where it is kept which images a release's name was used for."""
+    return vendor.folder / f"{check_name(name)}.images.json"
+
+
 def open_master(vendor: Vendor, name: str, passphrase: str) -> Licence:
     path = master_path(vendor, name)
     if not path.exists():
@@ -173,6 +193,48 @@ def open_master(vendor: Vendor, name: str, passphrase: str) -> Licence:
 
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _check_places(folder: Path, vendor: Vendor, weights: Path | None) -> None:
+    """Raise InputError if what must stay private lies in the folder that is released."""
+    for path, what in ((vendor.folder, "the vendor's folder"), (weights, "the secret initial weights")):
+        if path is not None and path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{folder} is to be released, and {path}, {what}, lies in it. Move it to a private place before the "
+                "release."
+            )
+
+
+def _check_contents(
+    folder: Path, files: Mapping[str, FileRecord], vendor: Vendor, weights: Path | None
+) -> None:
+    """Raise InputError if a file that is released has the bytes of one that must stay private, under any name."""
+    private = [path for path in vendor.folder.iterdir() if path.suffix in PRIVATE and path.is_file()]
+    secrets = {_digest(path): path for path in (*private, *([] if weights is None else [weights]))}
+    for name, record in files.items():
+        if record.sha256 in secrets:
+            raise InputError(
+                f"{folder / name} has the bytes of {secrets[record.sha256]}, which must stay private. Take it out of "
+                "the folder before the release."
+            )
+
+
+def _check_images(path: Path, files: Mapping[str, FileRecord], name: str) -> None:
+    """Keep which images a name stands for, and raise OutputError if it stands for others already.
+
+    Every further image under one key helps to find the key's pattern. What counts is paths and pixels, so that images
+    that were written anew, or a text beside them, make no other release. A vendor's folder of an earlier version
+    has no such record: its next release under the name makes it.
+    """
+    pixels = [[file, files[file].pixels] for file in sorted(files) if files[file].pixels is not None]
+    record = {"images": sha256(canonical(pixels))}
+    if not path.exists():
+        write_bytes(path, json_line(record), private=True)
+    elif read_json(path) != record:
+        raise OutputError(
+            f"There was a release {name} of other images, and every image more under its key helps to undo it. Choose "
+            "a new name, and protect these images for it."
+        )
 
 
 def _planned(run: Mapping[str, Any]) -> StemPlan | None:

@@ -77,6 +77,38 @@ def verify(
     )
 
 
+def check_base(folder: Path, licence: Licence, *, workers: int = 4, progress: Progress = silent) -> Manifest:
+    """Return the manifest of a release of which a copy can be made for a licence.
+
+    Args:
+        folder: the release, before any copy was marked.
+        licence: of whoever gets the copy.
+        workers: files read at a time.
+        progress: told about files.
+
+    Raises:
+        UsageError: the folder is a copy itself, or the release has no L-infinity budget to stay in.
+        LicenceError: as `verify`.
+    """
+    manifest = read_manifest(folder, public=bytes.fromhex(licence.terms.public_key))
+    refuse_copy(folder, manifest)
+    if (manifest.budget or {}).get("norm") != "linf":
+        raise UsageError(
+            f"A copy stays inside the release's budget, and {folder} names none that is L-infinity. Protect the "
+            "originals with a method that keeps one."
+        )
+    return verify(folder, licence=licence, workers=workers, progress=progress).manifest
+
+
+def refuse_copy(folder: Path, manifest: Manifest) -> None:
+    """Raise UsageError if a folder is a licensee's copy: it differs from the release by that licensee's chips."""
+    if manifest.copy is not None:
+        raise UsageError(
+            f"{folder} is a licensee's copy ({manifest.copy}), and what was compared with it or made of it would point "
+            "at that licensee. Give the folder of the release itself."
+        )
+
+
 def _check_list(folder: Path, manifest: Manifest) -> None:
     there = set(list_files(folder))
     for found, what in (
