@@ -267,6 +267,31 @@ def test_a_budget_of_bytes_is_kept_and_used(name: str) -> None:
         TABLE[name].encode(update, budget="40B")
 
 
+@pytest.mark.parametrize("name", ["dhq", "dhq, dead zone", "dhq, rice", "topk", "stc"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_budget_into_which_no_value_fits(name: str, dense: bool) -> None:
+    """It is refused, and the smallest that is not tells a value, with much or little that goes as it is."""
+    update = (
+        network(scale=4)
+        if dense
+        else {"w": np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)}
+    )
+    schema = Schema.of(update)
+    told = 0
+    for budget in range(20, 500, 6):
+        try:
+            values, _ = schema.flatten(decode(TABLE[name].encode(update, budget=f"{budget}B"), schema))
+        except UsageError as error:
+            assert not told, "a larger budget than one that sufficed"
+            assert f"got a budget of {budget}" in str(error)
+            continue
+        told += 1
+        assert np.count_nonzero(values)
+    assert told
+    nothing = {key: np.zeros_like(array) for key, array in update.items()}
+    assert len(TABLE[name].encode(nothing, schema=schema, budget="500B"))  # there is nothing to tell
+
+
 def test_codecs_without_a_choice_say_so() -> None:
     with pytest.raises(UsageError, match="int8 sends every value; give its budget in bytes, or none"):
         Int8().encode(network(), budget="1%")

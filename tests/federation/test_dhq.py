@@ -23,7 +23,8 @@ from privet.federation.rans import (
     read_rans,
     write_rans,
 )
-from privet.federation.rice import read_rice, write_rice
+from privet.federation.rice import pack as pack_bits
+from privet.federation.rice import read_rice, write_rice, write_unary
 from privet.federation.selection import FLOOR, largest, select
 from privet.federation.wire import Reader, Section, crc32c, pack, unpack
 
@@ -94,6 +95,15 @@ def test_rice_brings_numbers_back(groups: list[list[int]]) -> None:
                 with pytest.raises(CodecError, match="numbers"):
                     read_rice(Reader(data), sizes, int(numbers.sum()) - 1, "numbers")
     assert len(blobs) == 1
+
+
+def test_rice_whose_numbers_would_leave_64_bits() -> None:
+    """A quotient that is sound with few remainder bits is none with many; shifted, it would wrap around."""
+    numbers = np.array([1 << 24, 1 << 24])
+    widths = np.array([0, 40])
+    data = bytes([0, 40, 0]) + write_unary(numbers) + pack_bits(np.zeros(2, np.int64), widths)
+    with pytest.raises(CodecError, match="add up to at most"):
+        read_rice(Reader(data), [1, 1], 1 << 40, "numbers")
 
 
 def test_rice_chooses_the_best_parameter() -> None:

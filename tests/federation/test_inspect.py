@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_the_command(
         ("absent", 3, "Cannot read"),
         ("other model", CodecError.exit_code, "made for a model with other tensors"),
         ("no safetensors", 3, "Expected safetensors in"),
+        ("bfloat16", 3, "Expected safetensors with numbers that numpy has in"),
+        ("8-bit floats", 3, "Expected safetensors with numbers that numpy has in"),
     ],
 )
 def test_errors_are_one_message(
@@ -96,7 +99,12 @@ def test_errors_are_one_message(
     save_file({"w": np.zeros(5, np.float32)}, model)
     if what == "no safetensors":
         model.write_bytes(b"nothing")
-    arguments = ["--model", str(model)] if what in ("other model", "no safetensors") else []
+    kind = {"bfloat16": ("BF16", 2), "8-bit floats": ("F8_E4M3", 1)}.get(what)
+    if kind is not None:
+        head = json.dumps({"w": {"dtype": kind[0], "shape": [5], "data_offsets": [0, 5 * kind[1]]}}).encode()
+        model.write_bytes(len(head).to_bytes(8, "little") + head + bytes(5 * kind[1]))
+    needs = what == "other model" or what == "no safetensors" or kind is not None
+    arguments = ["--model", str(model)] if needs else []
     assert main(["codec", "inspect", str(path), *arguments]) == code
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.startswith("privet: ")

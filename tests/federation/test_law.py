@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from scipy.stats import genpareto
 
 from privet.federation import DHQ, Schema, SenderState
-from privet.federation.law import law
+from privet.federation.law import Law, law
 
 COUNT = 40_000
 
@@ -39,3 +41,29 @@ def test_it_is_of_the_values_before_levels() -> None:
     index, values = state.told
     assert np.array_equal(values, update["a"][index]) and len(index) == 200
     assert np.abs(values).min() >= np.sort(np.abs(update["a"]))[-200]
+
+
+def test_what_a_stranger_tells() -> None:
+    for magnitudes in ([1.0], [1.0, 3.0], [2.0] * 99 + [1.0], [3.4e38] * 3, [1e-45, 2e-45]):
+        values = np.array(magnitudes, np.float32)
+        found = law(np.arange(len(values)), values, Schema.of({"a": np.zeros(300, np.float32)}))
+        assert Law.told(asdict(found)) == found
+    sound = {"kept": 4, "threshold": 0.5, "mean": 1.0, "tail": 0.2}
+    assert Law.told(sound) == Law(kept=4, threshold=0.5, mean=1.0, tail=0.2)
+    for wrong in (
+        {"kept": 4.0},
+        {"kept": [4]},
+        {"kept": 0},
+        {"kept": 10**400},
+        {"threshold": [0.5]},
+        {"threshold": -0.5},
+        {"threshold": np.nan},
+        {"mean": np.inf},
+        {"mean": 1e39},
+        {"tail": 0.51},
+        {"tail": -4.1},
+        {"more": 1.0},
+    ):
+        assert Law.told({**sound, **wrong}) is None
+    assert Law.told({name: value for name, value in sound.items() if name != "tail"}) is None
+    assert Law.told({}) is None

@@ -76,6 +76,34 @@ def test_uniform_is_uniform_and_weighted_follows_weights() -> None:
         assert count / rounds == pytest.approx(weight / 10, abs=0.035)
 
 
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 0.7, 1.0])
+def test_what_was_drawn_by_weight_has_the_influence_of_its_weight(fraction: float) -> None:
+    """Averaged by numbers of images over the chance of being drawn; by the numbers alone they would count twice."""
+    sizes = {f"small-{number}": 10.0 for number in range(15)} | {
+        f"large-{number}": 30.0 for number in range(15)
+    }
+    sizes |= {"huge": 300.0}
+    sampler = Weighted(schedule=Static(fraction), weights=sizes)
+    kinds = {"small": 150 / 900, "large": 450 / 900, "huge": 300 / 900}
+    found, times, rounds = dict.fromkeys(kinds, 0.0), dict.fromkeys(sizes, 0), 3000
+    for round in range(rounds):
+        drawn, chances = sampler.sample(round, sizes), sampler.chances(round, sizes)
+        assert len(drawn) == sampler.count(round, len(sizes))
+        total = sum(sizes[name] / chances[name] for name in drawn)
+        for name in drawn:
+            times[name] += 1
+            found[name.split("-")[0]] += sizes[name] / chances[name] / total / rounds
+    assert found == pytest.approx(kinds, abs=0.02)
+    assert sum(chances.values()) == pytest.approx(len(drawn))
+    for name, chance in chances.items():
+        assert times[name] / rounds == pytest.approx(chance, abs=0.05)
+
+
+def test_others_are_all_as_likely() -> None:
+    assert Uniform(schedule=Static(0.5)).chances(0, CLIENTS) == {}
+    assert Cyclic(schedule=Static(0.5)).chances(0, CLIENTS) == {}
+
+
 def test_newcomers_do_not_reshuffle_the_others() -> None:
     sampler = Uniform(schedule=Static(0.5))
     before, after = sampler.sample(3, CLIENTS), sampler.sample(3, [*CLIENTS, "new"])

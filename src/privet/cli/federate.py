@@ -72,13 +72,13 @@ def federate(
         For what clients send: dhq, dhq-lloyd, dhq-deadzone, fp16, int8, qsgd, terngrad, sign, topk, stc, eden, or
         none for whole models.
     budget
-        Of an update: a share of its values as in 1%, or a size as in 64KiB.
+        Of an update: a share of its values as in 1%, or a size as in 64KiB, into which at least one value must fit.
     download
         Codec of what they receive.
     download_budget
         Of one difference to the model.
     sampler
-        uniform, cyclic (everybody takes a turn) or weighted (by numbers of images).
+        uniform, cyclic (everybody takes a turn) or weighted (drawn by numbers of images, then counted alike).
     schedule
         Of the fraction of clients: static, exponential (dynamic sampling), linear, cosine or step.
     fraction

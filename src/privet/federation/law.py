@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from privet.federation.schema import Schema, Values
 from privet.federation.state import Index
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,17 @@ class Law:
     threshold: float
     mean: float
     tail: float
+
+    @classmethod
+    def told(cls, values: Mapping[str, object]) -> Self | None:
+        """Return the law that a stranger tells, or None if float32 magnitudes cannot have such a one."""
+        match values:
+            case {"kept": int(kept), "threshold": float(threshold), "mean": float(mean), "tail": float(tail)}:
+                # The tail is lowest where all but one of the magnitudes are equal: 1 - kept / 2.
+                sound = 0 <= threshold <= LARGEST and 0 <= mean <= LARGEST and -kept <= tail <= 0.5
+                if sound and len(values) == 4 and 1 <= kept < 2**63:
+                    return cls(kept=kept, threshold=threshold, mean=mean, tail=tail)
+        return None
 
 
 def law(index: Index, values: Values, schema: Schema) -> Law:

@@ -71,7 +71,7 @@ def read_rice(reader: Reader, sizes: Sequence[int], most: int, what: str) -> Num
     width = np.repeat(np.array(bits, np.int64), sizes)
     high = _read_quotients(reader, width, most, what)
     low = unpack_from(reader, width, what)
-    if int(high.max()) > most >> int(width[high.argmax()]):
+    if (high > most >> width).any():
         raise CodecError(f"Expected {what} to add up to at most {most:,}.")
     numbers: Numbers = (high << width) | low
     # Each is at most 2 * most + 1 here, but a sum of many could pass 63 bits: floats cannot wrap around.

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from privet.errors import UsageError
@@ -137,6 +138,14 @@ class Sampler(ABC):
             raise UsageError("Expected a round from 0 and each client's name once.")
         return tuple(sorted(self._draw(round, names)))
 
+    def chances(self, round: int, clients: Collection[str]) -> dict[str, float]:
+        """Return with which probability each client is drawn in a round; nothing if all are as likely.
+
+        Whoever averages over the clients that were drawn divides their weights by it: large clients that are drawn
+        more often must not count for more each time, too.
+        """
+        return {}
+
     @abstractmethod
     def _draw(self, round: int, names: list[str]) -> list[str]:
         """Return the chosen names."""
@@ -178,7 +187,11 @@ class Cyclic(Uniform):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(Sampler):
-    """Clients are drawn in proportion to their weights, without replacement (Efraimidis and Spirakis, 2006).
+    """Clients are drawn in exact proportion to their weights, without replacement.
+
+    Names in a random order lie side by side on a line, each as long as its chance; a comb with one tooth a unit falls
+    onto it, and who is under a tooth is drawn (randomised systematic sampling: Goodman and Kish, 1950). Whose
+    share of the draw is more than a whole one always takes part, and the others share the rest.
 
     Attributes:
         weights: of the clients, above 0; for example their numbers of images.
@@ -186,18 +199,42 @@ class Weighted(Sampler):
 
     weights: Mapping[str, float]
 
-    def _draw(self, round: int, names: list[str]) -> list[str]:
+    def chances(self, round: int, clients: Collection[str]) -> dict[str, float]:
+        """Return with which probability each client is drawn in a round.
+
+        Raises:
+            UsageError: a client has no weight, or none above 0.
+        """
+        names = sorted(clients)
         missing = [name for name in names if not 0 < self.weights.get(name, 0) < math.inf]
         if missing:
             raise UsageError(
                 f"Expected a weight above 0 for every client, not so for {', '.join(missing[:5])}."
             )
+        count = self.count(round, len(names))
+        sure: set[str] = set()
+        while True:
+            total = math.fsum(self.weights[name] for name in names if name not in sure)
+            left = count - len(sure)
+            more = {name for name in names if name not in sure and left * self.weights[name] >= total}
+            if not more:
+                return {name: 1.0 if name in sure else left * self.weights[name] / total for name in names}
+            sure |= more
 
-        def arrival(name: str) -> float:
-            drawn = (derive(self.seed, "weighted", round, name) + 1) / 2**63
-            return -math.log(drawn) / self.weights[name]
-
-        return sorted(names, key=lambda name: (arrival(name), name))[: self.count(round, len(names))]
+    def _draw(self, round: int, names: list[str]) -> list[str]:
+        chances = self.chances(round, names)
+        chosen = [name for name in names if chances[name] == 1]
+        others = [name for name in names if chances[name] < 1]
+        others.sort(key=lambda name: derive(self.seed, "weighted", round, name))
+        left = self.count(round, len(names)) - len(chosen)
+        tooth = (derive(self.seed, "weighted", round) + 1) / 2**63  # the first: above 0 and up to 1
+        ends = list(accumulate((chances[name] for name in others), initial=0.0))
+        if others:
+            ends[-1] = float(left)  # but for rounding it is
+        teeth = [math.floor(end - tooth) for end in ends]
+        return chosen + [
+            name for name, (before, after) in zip(others, pairwise(teeth), strict=True) if after > before
+        ]
 
 
 def round_half_up(value: float) -> int:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from privet.errors import CodecError
+from privet.errors import CodecError, UsageError
 from privet.federation.base import Codec, Decoded
 from privet.federation.budget import Budget
 from privet.federation.rice import read_rice, write_rice
@@ -36,7 +36,8 @@ class SparseCodec(Codec):
         best: tuple[Sections, Decoded] = {}, NOTHING
         fits, fails = 0, schema.size + 1
         count = max(1, min(schema.size, (budget.bytes - frame_bytes(others)) * 8 // 10))
-        for _ in range(TRIALS):
+        trial = 0
+        while fails - fits > 1 and (trial < TRIALS or not fits):
             sections, decoded = self._keep(values, schema, count)
             size = frame_bytes(others | sections)
             if size <= budget.bytes:
@@ -45,9 +46,16 @@ class SparseCodec(Codec):
                     break
             else:
                 fails = count
-            if fails - fits <= 1:
-                break
-            count = min(max(int(count * budget.bytes * 0.998 / size), fits + 1), fails - 1)
+            trial += 1
+            if trial < TRIALS:
+                count = min(max(int(count * budget.bytes * 0.998 / size), fits + 1), fails - 1)
+            else:  # nothing fits yet, and the estimate comes down too slowly
+                count = fails // 2
+        if not fits and values.any():
+            raise UsageError(
+                f"{self.name} needs {size:,} bytes for this update, got a budget of {budget.bytes:,}, into which not "
+                "one of its values fits."
+            )
         return best
 
     def _compress(self, values: Values, schema: Schema, seed: int) -> tuple[Sections, Decoded]:

@@ -57,8 +57,9 @@ def app(
     codec: Codec | None = DHQ(),  # noqa: B008
     *,
     mods: Iterable[Any] | None = None,
+    change: Callable[[Message], None] | None = None,
 ) -> ClientApp:
-    """Return a ClientApp that answers so."""
+    """Return a ClientApp that answers so; `change` is what the third client makes of its evaluation."""
     client = ClientApp(mods=[CodecMod(codec, budget="5%" if codec else None)] if mods is None else [*mods])
     client.train()(answer)
 
@@ -66,7 +67,10 @@ def app(
     def evaluate(message: Message, context: Context) -> Message:
         arrays = arrays_of(message.content["arrays"])  # type: ignore[arg-type]
         metrics = MetricRecord({"num-examples": 10, "sum": float(arrays["weight"].sum())})
-        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+        reply = Message(RecordDict({"metrics": metrics}), reply_to=message)
+        if change is not None and context.node_config["partition-id"] == 2:
+            change(reply)
+        return reply
 
     return client
 

@@ -109,6 +109,30 @@ def test_plans_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         Plan(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": "30B"}, "The budget is too small for cnn-w4. dhq needs"),
+        ({"download_budget": "30B"}, "The download budget is too small for cnn-w4. dhq needs"),
+        ({"codec": "fp16", "budget": "100B"}, "The budget is too small for cnn-w4. fp16 needs"),
+    ],
+)
+def test_a_budget_that_is_too_small_for_the_model(
+    settings: dict[str, Any], words: str, tmp_path: Path, runtime: Runtime
+) -> None:
+    """One error before anything is written, so that the same folder takes the next attempt."""
+    with pytest.raises(UsageError, match=words):
+        play(tmp_path, runtime, replace(PLAN, **settings))
+    assert not list(tmp_path.iterdir())
+    whole = replace(PLAN, rounds=1, codec="none", download="none", budget="30B", download_budget="30B")
+    assert play(tmp_path, runtime, whole)["rounds"][0]["accepted"]
+
+
+def test_drawn_by_numbers_of_images(tmp_path: Path, runtime: Runtime) -> None:
+    report = play(tmp_path, runtime, replace(PLAN, sampler="weighted"))
+    assert all(len(one["accepted"]) == 3 and not one["refused"] for one in report["rounds"])
+
+
 def test_a_plan_in_a_run_configuration() -> None:
     assert Plan.of({"local-epochs": 3, "codec": "eden", "other": 1}) == Plan(local_epochs=3, codec="eden")
 

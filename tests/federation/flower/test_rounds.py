@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from flwr.serverapp.strategy import (
 from tests.federation.flower.apps import READY, app, grid, held, learned, model, play, reply_of, strategy
 
 from privet.errors import UsageError
-from privet.federation import CODECS, DHQ, Codec, Cyclic, Exponential, Int8, Static, Uniform
+from privet.federation import CODECS, DHQ, Codec, Cyclic, Exponential, Int8, Static, Uniform, Weighted
 from privet.federation.flower import CodecMod, CodecStrategy, LocalGrid
 from privet.federation.flower.grids import Shown
 from privet.federation.flower.link import KEY, Arrays, arrays_of, content_bytes, pack, record_of, unpack
@@ -213,6 +215,59 @@ def metrics(**values: Any) -> Callable[[Message], None]:
     return lambda reply: reply.content.update(metrics=MetricRecord(values))
 
 
+def numbers(value: Any, weight: Any = 10) -> Callable[[Message], None]:
+    """Return what keeps the names of a reply's metrics, but not their values."""
+
+    def change(reply: Message) -> None:
+        told = reply.content["metrics"]
+        reply.content["metrics"] = MetricRecord(
+            {name: weight if name == "num-examples" else value for name in told}
+        )
+
+    return change
+
+
+def raw(data: bytes) -> Callable[[Message], None]:
+    """Return what puts these bytes where an array's should be."""
+
+    def change(reply: Message) -> None:
+        arrays = record_of(model())
+        arrays["weight"] = Array("float32", (40, 30), "numpy.ndarray", data)
+        reply.content["arrays"] = arrays
+
+    return change
+
+
+def with_header(text: str, values: bytes = b"") -> bytes:
+    """Return a file in numpy's format with this header."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + values
+
+
+def archive() -> bytes:
+    file = BytesIO()
+    np.savez(file, x=np.zeros((40, 30), np.float32))
+    return file.getvalue()
+
+
+WEIGHT = "{'descr': '<f4', 'fortran_order': False, 'shape': (40, 30)}"
+HOSTILE: dict[str, tuple[Callable[[Message], None], str]] = {
+    "broken archive": (raw(b"PK\x03\x04junk"), "numpy arrays"),
+    "archive": (raw(archive()), "numpy arrays"),
+    "no bytes": (raw(b""), "numpy arrays"),
+    "huge": (raw(with_header(WEIGHT.replace("40, 30", f"{1 << 50},"))), "Expected weight as float32"),
+    "broken header": (raw(with_header("{'descr': '<f4', 'fortran_order': (((((, '''")), "numpy arrays"),
+    "deep header": (raw(with_header("[" * 60_000)), "numpy arrays"),
+    "other version": (raw(b"\x93NUMPY\x09\x00" + bytes(200)), "numpy arrays"),
+    "objects": (raw(with_header(WEIGHT.replace("<f4", "|O"), bytes(9600))), "Expected weight as float32"),
+    "other order of bytes": (raw(with_header(WEIGHT.replace("<", ">"), bytes(4800))), "Expected weight as"),
+    "values are missing": (raw(with_header(WEIGHT, bytes(4796))), "4,796 bytes for 4,800"),
+    "values too many": (raw(with_header(WEIGHT, bytes(4804))), "4,804 bytes for 4,800"),
+    "number in a list": (numbers([0.5]), "other lengths"),
+    "not finite": (numbers(float("inf")), "finite metrics"),
+    "weight in a list": (numbers(0.5, weight=[10]), "above 0"),
+}
+
+
 def raises(reply: Message) -> None:
     raise RuntimeError("out of memory")
 
@@ -279,6 +334,52 @@ def test_a_bad_reply_is_left_out_and_the_run_goes_on(kind: str, codec: Codec | N
     if codec is None:
         assert close(result, averaged(["0", "1", "3"], 2))
     assert all(np.isfinite(array).all() for array in result.values())
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_bytes_and_numbers_are_left_out_of_training(kind: str) -> None:
+    change, words = HOSTILE[kind]
+    wrapper = strategy(codec=None, budget=None)
+    result = play(wrapper, grid(app(with_content(change), None)), rounds=2)
+    for one in wrapper.rounds:
+        assert list(one.refused) == ["2"] and words in one.refused["2"], one.refused
+    assert close(result, averaged(["0", "1", "3"], 2))
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_bytes_and_numbers_are_left_out_of_evaluation(kind: str) -> None:
+    taken: list[list[int]] = []
+
+    class Listens(FedAvg):
+        def aggregate_evaluate(self, server_round: int, replies: Any) -> MetricRecord | None:
+            taken.append([reply.metadata.src_node_id for reply in replies])
+            return super().aggregate_evaluate(server_round, replies)
+
+    wrapper = strategy(Listens(min_train_nodes=1, min_available_nodes=1), codec=None, budget=None)
+    nodes = grid(app(codec=None, change=HOSTILE[kind][0]))
+    result = wrapper.start(grid=nodes, initial_arrays=record_of(model()), num_rounds=2)
+    assert taken == [[1, 2, 4], [1, 2, 4]]
+    seen = [float(str(one["sum"])) for one in result.evaluate_metrics_clientapp.values()]
+    assert len(seen) == 2
+    assert seen[-1] == pytest.approx(float(wrapper.download.visible["weight"].sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"kept": [1, 2]}, {"threshold": [1.0]}, {"threshold": 1}, {"mean": 1e39}, {"tail": 0.6}, {"fun": 1.0}],
+)
+def test_a_law_that_is_none_costs_only_the_law(told: dict[str, Any]) -> None:
+    def mod(message: Message, context: Context, call_next: Answer) -> Message:
+        reply = call_next(message, context)
+        if context.node_config["partition-id"] == 2 and "metrics" in reply.content:
+            reply.content["metrics"].update({f"privet.{name}": value for name, value in told.items()})  # type: ignore[union-attr, arg-type]
+        return reply
+
+    wrapper = strategy()
+    play(wrapper, grid(app(mods=[mod, CodecMod(DHQ(), budget="5%")])), rounds=2)
+    for one in wrapper.rounds:
+        assert not one.refused and list(one.accepted) == ["0", "1", "2", "3"]
+        assert list(one.laws) == ["0", "1", "3"]
 
 
 def test_a_node_may_not_answer_twice_or_unasked() -> None:
@@ -449,6 +550,28 @@ class TestSampling:
         for one in wrapper.rounds:
             assert one.chosen == list(sampler.sample(one.round - 1, names)) == list(one.accepted)
 
+    def test_who_is_drawn_by_images_does_not_count_by_images_once_more(self) -> None:
+        sizes = {"0": 30.0, "1": 10.0, "2": 10.0, "3": 10.0, "4": 30.0, "5": 10.0}
+
+        def answer(message: Message, context: Context) -> Message:
+            reply = reply_of(message, context)
+            told = MetricRecord(
+                {"num-examples": int(sizes[str(context.node_config["partition-id"])]), "train_loss": 0.5}
+            )
+            reply.content["metrics"] = told
+            return reply
+
+        for fraction in (0.34, 1.0):
+            sampler = Weighted(schedule=Static(fraction), seed=1, weights=sizes)
+            wrapper = strategy(sampler=sampler, codec=None, budget=None)
+            found = play(wrapper, grid(app(answer, None), 6), rounds=1)["weight"]
+            drawn = list(wrapper.rounds[0].accepted)
+            after = [learned(model(), 1, name)["weight"] for name in drawn]
+            weights = [sizes[name] for name in drawn] if fraction == 1 else None
+            assert len(drawn) == round(6 * fraction)
+            assert len({sizes[name] for name in drawn}) == 2, "or nothing is tested"
+            assert np.allclose(found, np.average(after, 0, weights), atol=1e-6)
+
     def test_the_same_seed_gives_the_same_bits(self) -> None:
         sampler = Uniform(schedule=Static(0.5), seed=1)
         results = [play(strategy(sampler=sampler), grid(app(), 6), rounds=4) for _ in range(2)]
@@ -514,7 +637,8 @@ def test_a_part_of_a_grid() -> None:
 
 def test_arrays_that_are_not_numpys() -> None:
     def change(reply: Message) -> None:
-        reply.content["arrays"] = ArrayRecord({"weight": Array("float32", (2,), "pickle", b"cos")})
+        pickled = Array("float32", (2,), "pickle", b"cos")
+        reply.content["arrays"] = ArrayRecord({**record_of(model()), "weight": pickled})
 
     for codec in (DHQ(), None):
         wrapper = CodecStrategy(FedAvg(**READY), codec=None)

@@ -4,7 +4,7 @@
               that its `partition-id` says
     split     of the data
     limit     use only so many of them
-    test      images that the server measures the model on
+    test      images that the server measures the model on; their classes are the federation's, in their order
     out       folder for the server's results
     nodes     how many to wait for
     size      side in pixels at which the network sees the images
@@ -29,9 +29,10 @@ from flwr.serverapp import Grid, ServerApp
 from privet.errors import UsageError
 from privet.federation.flower.client import answer, first_model, network_for
 from privet.federation.flower.federate import REPORT, play, run_of
+from privet.federation.flower.mod import classes_of
 from privet.federation.flower.plan import Plan
 from privet.files import claim, finish, write_json
-from privet.images import ImageSet, open_images
+from privet.images import ImageSet, align, open_images
 from privet.learning.runtime import Runtime
 
 
@@ -62,11 +63,13 @@ def serve(grid: Grid, context: Context) -> None:
             "The server does not know how many images its nodes have; expected uniform or cyclic."
         )
     test = _open(config, "test")
+    plan.check(first_model(plan, test))
     out = Path(_text(config, "out")).expanduser()
     run = run_of(plan, test, source={"test": str(config["test"])}, runtime=runtime)
     if claim(out, run):
         return
-    strategy = plan.wrapper({}, nodes=int(str(config.get("nodes", plan.clients))))
+    nodes = int(str(config.get("nodes", plan.clients)))
+    strategy = plan.wrapper({}, nodes=nodes, classes=test.class_names)
     report = play(plan, test, out, strategy, grid, runtime=runtime)
     names = sorted({name for one in strategy.rounds for name in one.chosen})
     write_json(out / REPORT, {**run, **report, "clients": [{"name": name} for name in names]})
@@ -74,9 +77,15 @@ def serve(grid: Grid, context: Context) -> None:
 
 
 def _images(context: Context) -> ImageSet:
+    """Return the node's images with labels that count in the server's classes: its own folders may be fewer.
+
+    Raises:
+        InputError: the images have a class that the server's test images lack.
+    """
+    names = classes_of(context)
     if "data" in context.node_config:
-        return _open({**context.run_config, **context.node_config}, "data")
-    images = _open(context.run_config, "data")
+        return align(_open({**context.run_config, **context.node_config}, "data"), names)
+    images = align(_open(context.run_config, "data"), names)
     part = Plan.of(context.run_config).split(images.labels.numpy())[
         int(str(context.node_config["partition-id"]))
     ]

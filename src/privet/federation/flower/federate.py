@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from privet.errors import InputError
 from privet.federation.flower.checkpoint import load, save
-from privet.federation.flower.client import client_app, first_network, steps_of
+from privet.federation.flower.client import client_app, first_model, first_network, steps_of
 from privet.federation.flower.grids import LocalGrid
 from privet.federation.flower.link import Arrays
 from privet.federation.flower.plan import Plan, create_codec
@@ -71,6 +71,7 @@ def federate(
     if train.class_names != test.class_names or train.size != test.size:
         raise InputError("Training and test images must have the same classes and one size.")
     parts = plan.split(train.labels.numpy())
+    plan.check(first_model(plan, test))
     run = run_of(plan, test, source=source, runtime=runtime) | {"record": record, "train": train.digest}
     if not claim(out, run):
         images = [train.subset(torch.from_numpy(part)) for part in parts]

@@ -8,13 +8,16 @@ travel as one array a tensor.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from typing import Any, Self
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from privet.errors import CodecError
@@ -29,6 +32,9 @@ PROTOCOL = 1
 # What Flower 1.41 adds to a request, to a reply and to each of their objects: identifiers, hashes, times; and in the
 # SuperLink's answer to a reply, which names the objects that are to be sent. Its own meter agrees (test_deployment.py).
 REQUEST_BYTES, REPLY_BYTES, OBJECT_BYTES, NAMED_BYTES = 250, 415, 70, 66
+NUMPY = "numpy.ndarray"  # Flower's name of numpy's format
+MOST_DIMENSIONS = 32  # of an array, in any version of numpy
+MOST_HEADER = 1024  # characters in front of a numpy array; numpy writes 128 for any usual one
 _LENGTH = struct.Struct("<I")
 
 
@@ -42,6 +48,8 @@ class Request:
         version: of the model that the message brings the node to.
         start: the version that its first difference applies to; equal to `version` for a whole model.
         accepted: the node's last round whose reply the server took, or -1.
+        classes: names of the classes in the order of their labels, with a greeting and a whole model; a node keeps
+            them, so that other requests need not say them.
     """
 
     greeting: bool = False
@@ -49,10 +57,13 @@ class Request:
     version: int = 0
     start: int = 0
     accepted: int = -1
+    classes: list[str] = field(default_factory=list)
     protocol: int = PROTOCOL
 
     def record(self) -> ConfigRecord:
-        return ConfigRecord(asdict(self))
+        return ConfigRecord(
+            {name: value for name, value in asdict(self).items() if name != "classes" or value}
+        )
 
     @classmethod
     def of(cls, record: ConfigRecord) -> Self:
@@ -114,16 +125,47 @@ def only_arrays(content: RecordDict) -> tuple[str, ArrayRecord]:
     return records[0]
 
 
-def arrays_of(record: ArrayRecord) -> Arrays:
-    """Return a model's arrays.
+def arrays_of(record: ArrayRecord, like: Mapping[str, NDArray[Any]] | None = None) -> Arrays:
+    """Return a model's arrays. The bytes are taken to be hostile: no more memory is taken than came.
+
+    Args:
+        record: of the model.
+        like: arrays whose names, shapes and dtypes they must have, or None if any will do.
 
     Raises:
-        CodecError: they are not numpy's, or damaged.
+        CodecError: they are not numpy's, damaged, or others.
     """
-    try:
-        return {name: array.numpy() for name, array in record.items()}
-    except (TypeError, ValueError, EOFError, OSError) as error:
-        raise CodecError(f"Expected numpy arrays: {error}.") from error
+    if like is not None and record.keys() != like.keys():
+        raise CodecError(f"Expected arrays {', '.join(like)}, got {', '.join(record)}.")
+    return {name: _array(name, array, None if like is None else like[name]) for name, array in record.items()}
+
+
+def _array(name: str, array: Array, like: NDArray[Any] | None) -> NDArray[Any]:
+    if array.stype != NUMPY:
+        raise CodecError(f"Expected numpy arrays, got {name} as {array.stype!r}.")
+    file = BytesIO(array.data)
+    try:  # not np.load, which takes archives, too, and takes memory before it looks for the values
+        read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, by_columns, dtype = read(file, max_header_size=MOST_HEADER)
+    except Exception as error:  # a header is text that Python parses, which fails in many ways
+        raise CodecError(
+            f"Expected numpy arrays, got {name} with a header of another kind: {error}."
+        ) from error
+    if like is not None:
+        _same_kind(name, shape, dtype, like)
+    if dtype.kind not in "biufc" or min(shape, default=0) < 0 or len(shape) > MOST_DIMENSIONS:
+        raise CodecError(f"Expected numpy arrays of numbers, got {name} as {dtype}{list(shape)}.")
+    at, size = file.tell(), math.prod(shape) * dtype.itemsize
+    if len(array.data) - at != size:
+        raise CodecError(
+            f"Expected numpy arrays, got {name} with {len(array.data) - at:,} bytes for {size:,}."
+        )
+    return np.ndarray(shape, dtype, array.data, at, order="F" if by_columns else "C").copy()
+
+
+def _same_kind(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], like: NDArray[Any]) -> None:
+    if shape != like.shape or dtype != like.dtype:
+        raise CodecError(f"Expected {name} as {like.dtype}{list(like.shape)}, got {dtype}{list(shape)}.")
 
 
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
@@ -163,10 +205,7 @@ def difference(new: Mapping[str, NDArray[Any]], old: Mapping[str, NDArray[Any]])
     update = {}
     for name, before in old.items():
         after = new[name]
-        if after.shape != before.shape or after.dtype != before.dtype:
-            raise CodecError(
-                f"Expected {name} as {before.dtype}{list(before.shape)}, got {after.dtype}{list(after.shape)}."
-            )
+        _same_kind(name, after.shape, after.dtype, before)
         if before.dtype.name in FLOATS:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by codecs
                 update[name] = np.asarray(np.subtract(after, before, dtype=np.float32, casting="unsafe"))

@@ -38,6 +38,7 @@ First = Callable[[Context], Arrays]
 """Makes the model that a federation begins with."""
 
 MODEL, SENDER, VERSION = "privet.model", "privet.sender", "privet.version"  # in the node's state
+CLASSES = "privet.classes"  # likewise
 FAILED = 6  # Flower's code for a mod that cannot go on
 # Of DHQ's levels uniform ones brought federations furthest, byte for byte (benchmarks/results/federate-small.md).
 USUAL = DHQ(quantiser=DeadZone())
@@ -83,6 +84,8 @@ class CodecMod:
             return call_next(message, context)
         try:
             request = Request.of(message.content.config_records[KEY])
+            if request.classes:
+                context.state[CLASSES] = ConfigRecord({"names": request.classes})
             if request.greeting:
                 record = ConfigRecord({"name": name_of(context), "first": self._begin(context)})
                 return Message(RecordDict({KEY: record}), reply_to=message)
@@ -122,6 +125,19 @@ class CodecMod:
                 for name, value in told.items():
                     metrics[f"{LAW}{name}"] = value
         context.state[SENDER] = record_of(sender.arrays())
+
+
+def classes_of(context: Context) -> list[str]:
+    """Return the names of the classes in the order of the labels, as the server said them.
+
+    Raises:
+        CodecError: the node has lost them; the server says them again with the whole model.
+    """
+    if CLASSES not in context.state.config_records:
+        raise CodecError(NEED_MODEL)
+    names = context.state.config_records[CLASSES]["names"]
+    assert isinstance(names, list)
+    return [str(name) for name in names]
 
 
 def name_of(context: Context) -> str:

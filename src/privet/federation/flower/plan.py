@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Strategy
 
 from privet.errors import UsageError
 from privet.federation.base import Codec
 from privet.federation.dhq import DHQ
+from privet.federation.flower.link import Arrays, difference, schema_of
 from privet.federation.flower.mod import CodecMod, First
 from privet.federation.flower.strategy import CodecStrategy, Watch
 from privet.federation.message import CODECS
@@ -54,7 +56,7 @@ class Plan:
         budget: of an update: "1%" of its values or "64KiB" in all; empty for the codec's usual size.
         download: codec of the differences that go down, likewise.
         download_budget: their budget.
-        sampler: uniform, cyclic or weighted (by numbers of images).
+        sampler: uniform, cyclic or weighted (clients are drawn by their numbers of images, and then count alike).
         schedule: of the fraction of clients: static, exponential (dynamic sampling), linear, cosine or step.
         fraction: of the clients in the first round.
         decay: β of the exponential schedule.
@@ -125,7 +127,12 @@ class Plan:
         return CodecMod(codec, budget=_budget(codec, self.budget), first=first)
 
     def wrapper(
-        self, sizes: Mapping[str, int], *, nodes: int | None = None, watch: Watch | None = None
+        self,
+        sizes: Mapping[str, int],
+        *,
+        nodes: int | None = None,
+        watch: Watch | None = None,
+        classes: Sequence[str] = (),
     ) -> CodecStrategy:
         """Return the server's strategy.
 
@@ -133,6 +140,7 @@ class Plan:
             sizes: number of images by client's name, for the weighted sampler.
             nodes: how many to wait for before the first round; None for all clients.
             watch: as for `CodecStrategy`.
+            classes: likewise.
         """
         codec = create_codec(self.download)
         return CodecStrategy(
@@ -142,7 +150,31 @@ class Plan:
             sampler=self.draw(sizes),
             nodes=nodes or self.clients,
             watch=watch,
+            classes=classes,
         )
+
+    def check(self, model: Arrays) -> None:
+        """Check that messages of this model keep the budgets; only budgets of bytes can be too small.
+
+        Args:
+            model: the first one. A message of its values takes about as much as one of an update.
+
+        Raises:
+            UsageError: a budget is too small.
+        """
+        for option, name, given in (
+            ("budget", self.codec, self.budget),
+            ("download budget", self.download, self.download_budget),
+        ):
+            codec = create_codec(name)
+            budget = None if codec is None else codec.allow(_budget(codec, given))
+            if codec is None or budget is None or budget.bytes is None:
+                continue
+            update = difference(model, {name: np.zeros_like(array) for name, array in model.items()})
+            try:
+                codec.encode(update, schema=schema_of(model), budget=budget)
+            except UsageError as error:
+                raise UsageError(f"The {option} is too small for {self.architecture}. {error}") from error
 
     def inner(self) -> Strategy:
         """Return the strategy that averages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING, getLogger
 
@@ -34,7 +34,7 @@ from privet.federation.flower.link import (
     schema_of,
     unpack,
 )
-from privet.federation.flower.mod import NEED_MODEL, USUAL
+from privet.federation.flower.mod import FAILED, NEED_MODEL, USUAL
 from privet.federation.law import Law
 from privet.federation.message import decode_headed
 from privet.federation.sampling import Sampler
@@ -100,10 +100,13 @@ class CodecStrategy(Strategy):
         codec: for the way down; None sends whole models.
         budget: of one difference on the way down, as for `Codec.encode`.
         sampler: draws the clients of each round by their names; None leaves that to `inner`. With a sampler,
-            `inner` must be ready to train all nodes that it sees (Flower's default).
+            `inner` must be ready to train all nodes that it sees (Flower's default). Where some clients are
+            likelier than others to be drawn, their weight in the average is divided by their chance.
         nodes: how many to wait for before the first round.
         watch: called for each update that is taken, with the round, the client's name, the model that it started
             from, and the update.
+        classes: names of the classes in the order of their labels, which are told to nodes (`classes_of`); not told
+            if there are none.
 
     Raises:
         UsageError: a budget that the codec does not have.
@@ -118,15 +121,18 @@ class CodecStrategy(Strategy):
         sampler: Sampler | None = None,
         nodes: int = 2,
         watch: Watch | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.inner = inner
         self.sampler = sampler
         self.nodes = nodes
         self.watch = watch
+        self.classes = list(classes)
         self.download = Download(codec=codec, budget=None if codec is None else codec.allow(budget))
         self.known: dict[int, Node] = {}
         self.rounds: list[Round] = []
         self._asked: dict[int, str] = {}  # nodes of the requests that are on their way
+        self._chances: dict[str, float] = {}  # of having been drawn, by name; nothing if all had the same
         self._arrays: ArrayRecord | None = None
         self._before = 0  # rounds that were played before this start
 
@@ -150,6 +156,7 @@ class CodecStrategy(Strategy):
         if self.sampler is not None:
             by_name = {self.known[node].name: node for node in nodes}
             nodes = [by_name[name] for name in self.sampler.sample(server_round - 1, by_name)]
+            self._chances = self.sampler.chances(server_round - 1, by_name)
             least = getattr(self.inner, "min_available_nodes", 1)
             if len(nodes) < least:
                 raise UsageError(
@@ -176,7 +183,7 @@ class CodecStrategy(Strategy):
                 self._refuse(node, str(error))
         for node in _odd_ones({node: reply for node, (reply, *_) in taken.items()}):
             del taken[node]
-            self._refuse(node, "its metrics have other names than most")
+            self._refuse(node, ODD)
         for node, (_, update, law, size) in taken.items():
             name = self.known[node].name
             self.known[node].held = self.download.version
@@ -191,6 +198,9 @@ class CodecStrategy(Strategy):
             return None, None
         # Sums of floats depend on their order.
         ordered = sorted(taken, key=lambda node: self.known[node].name)
+        if self._chances:
+            for node in ordered:
+                _divide(taken[node][0], self._weight, self._chances[self.known[node].name])
         arrays, metrics = self.inner.aggregate_train(server_round, [taken[node][0] for node in ordered])
         if arrays is not None:
             arrays = record_of(restored(arrays_of(arrays), self.download.weights))
@@ -219,6 +229,7 @@ class CodecStrategy(Strategy):
                 log.log(WARNING, "Evaluation by %s is left out: %s", self.known[node].name, error)
         for node in _odd_ones(taken):
             del taken[node]
+            log.log(WARNING, "Evaluation by %s is left out: %s", self.known[node].name, ODD)
         self._close(missing=False)
         ordered = sorted(taken, key=lambda node: self.known[node].name)
         return self.inner.aggregate_evaluate(server_round, [taken[node] for node in ordered])
@@ -226,7 +237,7 @@ class CodecStrategy(Strategy):
     def _greet(self, grid: Grid) -> list[int]:
         """Learn the names of nodes that are new, and return all that are there and known."""
         nodes = Shown(grid).wait(1 if self.known else self.nodes)
-        record = RecordDict({KEY: Request(greeting=True).record()})
+        record = RecordDict({KEY: Request(greeting=True, classes=self.classes).record()})
         new = [
             Message(record, message_type=MessageType.TRAIN, dst_node_id=node)
             for node in nodes
@@ -234,13 +245,17 @@ class CodecStrategy(Strategy):
         ]
         self.rounds[-1].down += sum(map(request_bytes, new))
         names = {node.name for key, node in self.known.items() if key in nodes}
+        reason = "no reply"
         for reply in sorted(grid.send_and_receive(new, timeout=GREETING) if new else (), key=_source):
             self._arrived(reply)
             node = reply.metadata.src_node_id
             told = reply.content.config_records.get(KEY, ConfigRecord()) if reply.has_content() else {}
             name = told.get("name")
-            if not isinstance(name, str) or not 0 < len(name) <= 200:
-                reason = reply.error.reason if reply.has_error() else "no name"
+            if reply.has_error() and reply.error.code == FAILED:
+                reason = reply.error.reason or "an error without a reason"
+                log.log(WARNING, "Node %s is left out: %s", node, reason)
+            elif not isinstance(name, str) or not 0 < len(name) <= 200:
+                reason = (reply.error.reason or "an error") if reply.has_error() else "no name"
                 log.log(WARNING, "Node %s is left out (%s); its ClientApp needs CodecMod.", node, reason)
             elif name in names:
                 log.log(WARNING, "Node %s is left out: another is named %r as well.", node, name)
@@ -249,7 +264,10 @@ class CodecStrategy(Strategy):
                 self.known[node] = Node(name=name, first=str(told.get("first", "")))
         found = [node for node in nodes if node in self.known]
         if not found:
-            raise UsageError("No node answered the greeting; give the ClientApp mods=[CodecMod()] of privet.")
+            raise UsageError(
+                f"No node can take part ({reason.rstrip('.')}). A ClientApp that does not know privet needs "
+                "mods=[CodecMod()]."
+            )
         return found
 
     def _compressed(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
@@ -268,6 +286,7 @@ class CodecStrategy(Strategy):
                 version=self.download.version,
                 start=start,
                 accepted=node.accepted,
+                classes=[] if packed(record) else self.classes,
             )
             key, _ = only_arrays(message.content)
             content = RecordDict({**message.content, key: record, KEY: request.record()})
@@ -303,7 +322,7 @@ class CodecStrategy(Strategy):
                     f"round {header.round} to version {header.base}."
                 )
         else:
-            update = difference(arrays_of(record), visible)
+            update = difference(arrays_of(record, visible), visible)
         arrays = moved(self.download.weights, update)
         if not all(finite(array) for array in arrays.values() if array.dtype.kind == "f"):
             raise CodecError("Expected a finite model.")
@@ -351,6 +370,7 @@ class CodecStrategy(Strategy):
 
 
 GREETING = 120.0  # seconds that nodes have for an answer to the greeting
+ODD = "its metrics have other names than most, or other lengths"
 
 
 def _source(message: Message) -> int:
@@ -375,12 +395,30 @@ def _metrics(reply: Message, weight: str) -> MetricRecord:
     return records[0]
 
 
+def _divide(reply: Message, weight: str, chance: float) -> None:
+    """Let a reply that was the likelier to come count for the less: averages expect what all clients would make.
+
+    (Horvitz and Thompson, 1952.)
+    """
+    (metrics,) = reply.content.metric_records.values()
+    share = metrics[weight]
+    assert isinstance(share, int | float)  # `_metrics` has seen to it
+    metrics[weight] = share / chance
+
+
 def _odd_ones(replies: dict[int, Message]) -> list[int]:
-    """Return the nodes whose records have other names, or lists of other lengths, than those of most."""
+    """Return the nodes whose records have other names, or lists of other lengths, than those of most.
+
+    A number and a list of one are not the same: averages add up the one, and go through the other.
+    """
 
     def shape(reply: Message) -> tuple[object, ...]:
         records = reply.content.metric_records.items()
-        lengths = ((key, name, np.size(value)) for key, record in records for name, value in record.items())
+        lengths = (
+            (key, name, len(value) if isinstance(value, list) else -1)
+            for key, record in records
+            for name, value in record.items()
+        )
         return (*sorted(reply.content.array_records), *sorted(lengths))
 
     shapes = {node: shape(reply) for node, reply in replies.items()}
@@ -391,7 +429,4 @@ def _odd_ones(replies: dict[int, Message]) -> list[int]:
 def _take_law(metrics: MetricRecord) -> Law | None:
     """Take what a node says of its values' distribution out of its metrics; only the report depends on it."""
     told = {name: metrics.pop(name) for name in list(metrics) if name.startswith(LAW)}
-    try:
-        return Law(**{name.removeprefix(LAW): value for name, value in told.items()})  # type: ignore[arg-type]
-    except TypeError:
-        return None
+    return Law.told({name.removeprefix(LAW): value for name, value in told.items()})
