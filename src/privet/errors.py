@@ -122,6 +122,7 @@ class ExpiredError(LicenceError):
 # Exit codes that belong to no exception.
 OK = 0
 OVER_LIMIT = 9  # finished, and what was measured exceeds the limit that was asked for
+CONTROL_FAILED = 10  # finished within the limit, but the attacks fail without a defence too
 PARTIAL = 4  # finished, but some inputs were skipped; the manifest says which and why
 INTERRUPTED = 130  # Ctrl-C; the run resumes when it is started again
 
@@ -136,6 +137,7 @@ EXIT_CODES = {
     OutputError.exit_code: "The output cannot be written; the message says why.",
     CodecError.exit_code: "A federated message is damaged, or was made for another model.",
     OVER_LIMIT: "Finished, and what was measured exceeds the limit that was asked for (--fail-above).",
+    CONTROL_FAILED: "Finished, but the attacks recovered nothing without a defence either, so the limit says nothing.",
     LicenceError.exit_code: "A release or a licence does not hold; the message says why.",
     ManifestError.exit_code: "A manifest is damaged, or not signed by the expected vendor.",
     VersionError.exit_code: "A manifest, licence or key file has a format that this version does not know.",

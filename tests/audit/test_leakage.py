@@ -21,7 +21,7 @@ from privet.audit.leakage import gradient_errors, layers_of, needed_victims
 from privet.audit.leakage_plan import Setting
 from privet.audit.utility import defended_accuracy
 from privet.cli import main
-from privet.errors import OVER_LIMIT, InputError, OutputError, UsageError
+from privet.errors import CONTROL_FAILED, OVER_LIMIT, InputError, OutputError, UsageError
 from privet.images import ImageSet
 from privet.leakage import DLG, IG, Analytic, Embedder, Gallery
 from privet.leakage.defences import Defence, create_defence
@@ -84,6 +84,7 @@ def test_single_layers_are_attacked_alone(tmp_path: Path, runtime: Runtime) -> N
             assert victim["equations"] == values
             assert victim["unknowns"] == 3 * 16 * 16  # the labels are told
             assert tuple(victim["labels"]) == true.labels
+            assert [image["label"] for image in victim["images"]] == [None]
 
 
 def test_every_setting_attacks_the_same_clients(tmp_path: Path, runtime: Runtime) -> None:
@@ -99,13 +100,20 @@ def test_every_setting_attacks_the_same_clients(tmp_path: Path, runtime: Runtime
     assert found.highest == max(bounds) == clopper_pearson(0, 2)[1]
 
 
-def test_the_naive_attack_takes_zeros_for_values(tmp_path: Path, runtime: Runtime) -> None:
+def test_labels_that_were_told_are_not_counted(tmp_path: Path, runtime: Runtime) -> None:
+    plan = replace(PLAN, clients=Clients(victims=2, labels_known=True), layers=False)
+    report = write_leakage_report(audit(tmp_path, runtime, plan), tmp_path)
+    for row in report["settings"]:
+        assert row["labels_right"] is None
+        assert row["outcomes"]["label only"] == 0
+    assert '<td class="number">told</td>' in (tmp_path / "report.html").read_text()
+
+
+def test_values_that_arrive_are_counted_alike_for_both_attackers(tmp_path: Path, runtime: Runtime) -> None:
     found = audit(tmp_path, runtime, replace(PLAN, layers=False))
     sent = found.victims["topk-50"][0].update.values
-    for attacker, values in (
-        ("aware", sum(int(value.count_nonzero()) for value in sent.values())),
-        ("naive", sum(value.numel() for value in sent.values())),
-    ):
+    values = sum(int(value.count_nonzero()) for value in sent.values())
+    for attacker in ("aware", "naive"):
         cell = found.results[Setting(method="ig", defence="topk-50", attacker=attacker)]
         assert cell["victims"][0]["equations"] == values
 
@@ -136,6 +144,9 @@ def test_settings_that_count_decide_the_bound(tmp_path: Path, runtime: Runtime) 
     lost = {**found.results[Setting(method="ig")]["summary"], "bounds": [0.9, 1.0]}
     results = {**found.results, Setting(method="ig"): {"summary": lost}}
     assert replace(found, results=results).highest < 1
+    assert found.control_failed
+    won = {**lost, "victims_recovered": 1}
+    assert not replace(found, results={**results, Setting(method="ig"): {"summary": won}}).control_failed
     both = replace(found, results=results, plan=replace(PLAN, defences=("none", "topk-50")))
     assert both.highest == 1.0
 
@@ -411,7 +422,11 @@ def test_the_command(tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFi
     printed = " ".join(capsys.readouterr().out.split())
     assert "it takes at least 72" in printed
     assert "Above the limit: the upper bound is 84.2%, not 5.0%" in printed
-    assert main([*given, *more, *out, "--fail-above", "0.9"]) == 0
+    # Within a limit that nobody could have exceeded: the attacks do not even work without a defence.
+    assert main([*given, *more, *out, "--fail-above", "0.9"]) == CONTROL_FAILED
+    assert "The control failed: no method recovered an image" in " ".join(capsys.readouterr().out.split())
+    easy = ["--out", str(tmp_path / "easy"), "--psnr", "1", "--fail-above", "1"]
+    assert main([*given, *more, *easy]) == 0
 
 
 def test_commands_that_cannot_work(

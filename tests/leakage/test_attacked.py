@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.leakage.victims import blocks, victims
+from tests.leakage.victims import SMALL, blocks, victims
 
 from privet.cli import main
 from privet.errors import InputError, OutputError, UsageError
@@ -105,6 +105,34 @@ def test_the_threat_model_in_words() -> None:
     assert "does not know that" in words
 
 
+def test_what_a_naive_attack_was_sent_is_counted_as_it_is(runtime: Runtime) -> None:
+    """Both attacks got too few values, and neither may call that a failure of its own."""
+    for one in attack(victims(3, defence="topk-99"), IG(steps=1, labels="joint"), runtime=runtime):
+        assert {result.equations for result in one.reconstructions} == {13}
+        assert "attack failed" not in {found.outcome for victim in one.found for found in victim}
+
+
+def test_labels_that_the_attacker_knew_are_no_success(runtime: Runtime) -> None:
+    (one,) = attack(victims(3, labels_known=True), IG(steps=1), runtime=runtime)
+    assert {(found.outcome, found.label) for victim in one.found for found in victim} == {
+        ("attack failed", None)
+    }
+
+
+def test_grey_and_coloured_images_are_attacked_together(runtime: Runtime) -> None:
+    """Grey is what is known of all images, not what one client's give away."""
+    coloured, grey = blocks(6), torch.tensor([True, False] * 3)
+    pixels = coloured.pixels.where(~grey[:, None, None, None], coloured.pixels[:, :1])
+    mixed = replace(coloured, pixels=pixels, grey=grey)
+    model = create_model(SMALL, classes=3, size=(16, 16), seed=1).train()
+    found = simulate(model, mixed, architecture=SMALL, victims=4)
+    results = IG(steps=2).invert([one.update for one in found], runtime=runtime)
+    assert {tuple(result.images.shape) for result in results} == {(1, 3, 16, 16)}
+    assert "1 image of 16 x 16 px" in threat_model(found[0].update, aware=True)[1]
+    found = victims(1, grey=True, batch_size=2)
+    assert "2 grey images of 16 x 16 px" in threat_model(found[0].update, aware=True)[1]
+
+
 def test_every_client_draws_noise_of_its_own() -> None:
     """Noise that several clients share could be taken away by comparing them."""
     noises = [
@@ -143,6 +171,9 @@ class TestCommandLine:
         printed = capsys.readouterr().out
         assert "naive" in printed and "95 % bounds" in printed
         assert main([*given, *more]) == 0  # once more: nothing is in the way
+        known = ["invert", str(folder), "--out", str(tmp_path / "known"), "--labels-known", *QUICK]
+        assert main([*known, "--architecture", "lenet-strided-sigmoid-w4"]) == 0
+        assert "labels were told" in " ".join(capsys.readouterr().out.split())
 
     def test_a_record(self, tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]) -> None:
         victim = victims(1)[0]

@@ -20,6 +20,7 @@ from privet.leakage.ig import IG
 from privet.leakage.lbfgs import LBFGS
 from privet.leakage.objective import Evidence
 from privet.leakage.problem import GUESSES, Problem, guess
+from privet.leakage.regularise import NEIGHBOURS
 from privet.learning import Treatment, Update
 
 CPU = torch.device("cpu")
@@ -126,6 +127,52 @@ def problem(side: int, *, members: int, grey: bool = False, known: bool = True) 
         starts=starts,
         seed=0,
     )
+
+
+def sent_with(defence: str) -> tuple[Problem, Tensor, Tensor]:
+    """Return the problem that ig makes of an update, the true gradient, and what was sent."""
+    true, update = victims(1)[0].update, victims(1, defence=defence)[0].update
+    task = IG()._problem(
+        [update] * 2,
+        network_of(update),
+        known=[torch.tensor([0])] * 2,
+        victims=torch.zeros(2),
+        starts=(0, 0),
+        seed=0,
+        device=CPU,
+    )
+    gradient, sent = (
+        torch.cat([value.double().flatten() for value in one.values.values()]) for one in (true, update)
+    )
+    return task, gradient, sent
+
+
+@pytest.mark.parametrize("defence", ["gaussian-0.004", "laplace-0.003", "laplace-0.01", "gaussian-0.02"])
+def test_the_floor_of_ig_is_the_angle_that_noise_leaves(defence: str) -> None:
+    task, gradient, sent = sent_with(defence)
+    angle = 1 - float(F.cosine_similarity(gradient, sent, dim=0))
+    assert float(IG()._floor(task)[0]) == pytest.approx(angle, rel=0.15)
+
+
+@pytest.mark.parametrize(("defence", "variance"), [("gaussian-0.02", 4e-4), ("laplace-0.01", 2e-4)])
+def test_ig_under_noise_looks_for_the_most_probable_image(defence: str, variance: float) -> None:
+    """Its distance and its smoothing are in the proportion of minus the two log-probabilities."""
+    task, _, sent = sent_with(defence)
+    torch.manual_seed(0)
+    apart = torch.randn(len(sent), dtype=torch.float64)
+    apart -= sent * (apart @ sent) / (sent @ sent)
+    apart *= 1e-2 * sent.norm() / apart.norm()
+    likelihood = float(apart.square().sum()) / (2 * variance)
+    sizes = [value[0].numel() for value in task.evidence.low.values()]
+    parts = zip(task.evidence.low.items(), (sent + apart).split(sizes), strict=True)
+    found = {name: torch.stack([part.view(value[0].shape)] * 2).float() for (name, value), part in parts}
+    distance = IG()._distance(task, found)
+    x = torch.rand(2, 1, 3, 16, 16)
+    down, across = x[0].diff(dim=2), x[0].diff(dim=3)
+    neighbours = float(down.square().sum() + across.square().sum())
+    prior = neighbours / (2 * NEIGHBOURS**2)
+    smooth = IG(total_variation=0)._loss(task, x, torch.zeros(2))
+    assert float(smooth[0]) / prior == pytest.approx(float(distance[0]) / likelihood, rel=0.1)
 
 
 def test_the_unit_of_distances_is_what_random_images_leave() -> None:

@@ -184,6 +184,13 @@ def test_noise_stops_the_search(runtime: Runtime) -> None:
     assert blind.floor == 0
 
 
+@pytest.mark.parametrize("defence", ["gaussian-0.01+sign", "gaussian-0.02+int4", "laplace-0.02+int3"])
+def test_noise_that_rounding_absorbed_stops_no_search(defence: str, runtime: Runtime) -> None:
+    for inversion in (GRNN(steps=8, polish=0), IG(steps=8), DLG(steps=4, labels="infer")):
+        for result in inversion.invert(updates(2, defence=defence), runtime=runtime):
+            assert (result.end, result.steps) == ("steps", inversion.steps)
+
+
 def said_to_be_noisy(update: Update) -> Update:
     return replace(update, treatment=Treatment(noise="gaussian", noise_scale=0.1))
 
@@ -238,7 +245,7 @@ def test_labels_that_were_counted_wrong_come_right(
     right = {id(one.update): sorted(one.labels) for one in found}
     monkeypatch.setattr(
         "privet.leakage.base.infer_labels",
-        lambda update, _: torch.tensor(
+        lambda update, _, aware: torch.tensor(
             [(label + 1) % 3 for label in right[id(update)][:1]] + right[id(update)][1:]
         ),
     )
@@ -276,6 +283,22 @@ def test_noise_beside_none(runtime: Runtime) -> None:
     for update, result in zip(mixed, beside, strict=True):
         same(result, inversion.invert([update], runtime=runtime)[0])
     assert beside[0].steps > 12 >= beside[1].steps
+
+
+@pytest.mark.parametrize(
+    "inversion", [IG(steps=1), GRNN(steps=4, polish=0, keep="last")], ids=["first", "again"]
+)
+def test_an_aware_attack_counts_labels_of_clipped_batches(inversion: Inversion, runtime: Runtime) -> None:
+    """Before the search, and again along the way. A naive one takes the small gradient for a hint of all classes."""
+    found = victims(4, batch_size=2, defence="clip-0.01")
+    for aware in (True, False):
+        sent = [one.update for one in found]
+        results = replace(inversion, aware=aware).invert(sent, runtime=runtime)
+        right = [
+            sorted(result.labels.tolist()) == sorted(one.labels)
+            for one, result in zip(found, results, strict=True)
+        ]
+        assert all(right) == aware
 
 
 def test_ten_times_the_budget() -> None:

@@ -16,6 +16,7 @@ from tests.leakage.victims import victims
 from privet.errors import UsageError
 from privet.leakage import Reconstruction
 from privet.leakage.client import Client, network_of
+from privet.leakage.defences import create_defence
 from privet.leakage.labels import (
     Head,
     by_counts,
@@ -25,6 +26,7 @@ from privet.leakage.labels import (
     count_again,
     infer_labels,
     labels_of,
+    unclipped,
 )
 from privet.leakage.measure import Found, Success, baselines, judge, match, psnr, ssim
 from privet.leakage.results import summary
@@ -108,6 +110,17 @@ def test_outcomes() -> None:
     )
 
 
+def test_labels_that_were_told_did_not_come_out() -> None:
+    """So an attack that knew them, and found nothing, failed."""
+    private, other = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    founds = judge(result(other, [0, 1]), private, [0, 1], Success(), told=True)
+    assert [(one.outcome, one.label) for one in founds] == [("attack failed", None)] * 2
+    assert summary([founds])["labels_right"] is None
+    founds = judge(result(other, [0, 1]), private, [0, 1], Success())
+    assert [(one.outcome, one.label) for one in founds] == [("label only", True)] * 2
+    assert summary([founds])["labels_right"] == 2
+
+
 def test_either_threshold_is_enough() -> None:
     private = torch.rand(1, 3, 16, 16)
     darker = private * 0.5
@@ -170,13 +183,68 @@ def test_labels_are_counted_again_from_the_images() -> None:
     bias = torch.stack([one.double() for one in biases if one is not None])
     x = torch.stack([one.images.double() for one in found if one.images is not None])
     truth = torch.tensor([one.labels for one in found])
-    assert torch.equal(count_again(truth, bias, client, x), truth)
+    clipped, noise = torch.tensor([False, False]), torch.zeros(2)
+    assert torch.equal(count_again(truth, bias, client, x, clipped=clipped, noise=noise), truth)
     wrong = truth.clone()
     wrong[0, 2] = (truth[0, 2] + 1) % 3
-    again = count_again(wrong, bias, client, x)
+    again = count_again(wrong, bias, client, x, clipped=clipped, noise=noise)
     assert again.sort(1).values.tolist() == truth.sort(1).values.tolist()
     assert int((again[0] != wrong[0]).sum()) == 1
     assert torch.equal(again[1], truth[1])
+
+
+@pytest.mark.parametrize("without", [(), ("fc.bias",)], ids=["bias", "rows alone"])
+@pytest.mark.parametrize("defence", ["clip-1000", "clip-0.1", "clip-0.001"])
+def test_labels_of_clipped_batches(defence: str, without: tuple[str, ...]) -> None:
+    """They are counted as if nothing had been clipped, unless the attack does not know of it."""
+    found = victims(6, batch_size=2)
+    right = {True: 0, False: 0}
+    for victim in found:
+        values = {name: value for name, value in victim.update.values.items() if name not in without}
+        update = create_defence(defence).apply(replace(victim.update, values=values))
+        for aware in right:
+            labels = infer_labels(update, network_of(update), aware=aware)
+            right[aware] += labels.tolist() == sorted(victim.labels)
+    assert right[True] == 6
+    assert (right[False] == 6) == (defence == "clip-1000")
+
+
+def test_noise_is_not_taken_for_a_factor() -> None:
+    """A rare class whose db is all noise would make the factor far too large."""
+    probabilities = torch.tensor([0.001, 0.2, 0.2, 0.599])
+    slopes = 0.1 * (probabilities - torch.tensor([0.0, 0.5, 0.5, 0.0])) + torch.tensor([0.004, 0.0, 0.0, 0.0])
+    for noise, right in ((0.003, True), (0.0, False)):
+        found = unclipped(slopes, probabilities, 2, torch.tensor([noise]))
+        assert (labels_of(2 * (probabilities - found), 2).tolist() == [1, 2]) == right
+
+
+def test_labels_of_clipped_batches_are_counted_again() -> None:
+    found = victims(3, batch_size=2, defence="clip-0.01")
+    client = Client.of(
+        [one.update for one in found],
+        network_of(found[0].update),
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+    )
+    biases = [Head.of(one.update).bias for one in found]
+    bias = torch.stack([one.double() for one in biases if one is not None])
+    x = torch.stack([one.images.double() for one in found if one.images is not None])
+    truth = torch.tensor([one.labels for one in found])
+    clipped, noise = torch.tensor([True, True, False]), torch.zeros(3)  # the last attack does not know
+    wrong = (truth + torch.tensor([0, 1])) % 3
+    again = count_again(wrong, bias, client, x, clipped=clipped, noise=noise).sort(1).values
+    assert torch.equal(again[:2], truth[:2].sort(1).values)
+    assert not torch.equal(again[2], truth[2].sort().values)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scale=st.floats(1e-4, 1.0), labels=st.lists(st.integers(0, 4), min_size=1, max_size=9))
+def test_the_factor_of_a_clipped_batch_is_exact(scale: float, labels: list[int]) -> None:
+    """Where a class does not occur, here the last, and the mean probabilities are known."""
+    logits = torch.randn(len(labels), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slopes = (logits.softmax(1) - F.one_hot(torch.tensor(labels), 6)).mean(0)
+    found = unclipped(scale * slopes, logits.softmax(1).mean(0), len(labels), torch.zeros(1))
+    torch.testing.assert_close(found, slopes)
 
 
 @settings(max_examples=50, deadline=None)

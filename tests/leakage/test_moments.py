@@ -14,6 +14,7 @@ from privet.errors import UsageError
 from privet.leakage import GRNN, IG
 from privet.leakage.client import Client, network_of
 from privet.leakage.moments import disagreement, mismatch, sent_moments
+from privet.leakage.problem import Problem
 from privet.leakage.victims import Victim
 from privet.learning import Runtime
 
@@ -117,6 +118,32 @@ def test_disagreement_is_that_of_a_victim_s_own_restarts() -> None:
             expected = sum(float((x[i] - mean).square()[k].sum()) for k in range(2)) / x[i].numel()
             assert float(found[i]) == pytest.approx(expected)
     assert float(disagreement(x[:2], torch.tensor([0, 1])).abs().max()) == 0
+
+
+def test_members_that_are_done_have_no_say() -> None:
+    x = torch.rand(4, 2, 3, 4, 4, dtype=torch.float64)
+    broken = x.clone()
+    broken[1] = torch.nan
+    victims, counted = torch.tensor([0, 0, 0, 1]), torch.tensor([True, False, True, False])
+    found = disagreement(broken, victims, counted)
+    torch.testing.assert_close(found[[0, 2]], disagreement(x[[0, 2]], victims[[0, 2]]))
+    assert bool(torch.isfinite(found[3]))
+
+
+def test_a_group_does_not_depend_on_who_leaves_when(runtime: Runtime) -> None:
+    """A restart that is done stays beside the last one of a victim alone, and leaves the stack of several."""
+
+    class Early(IG):
+        def _floor(self, problem: Problem) -> Tensor:
+            return torch.tensor([1e9 if start == 0 else 0.0 for start in problem.starts])
+
+    sent = [one.update for one in victims(2, architecture=NETWORK, batch_size=2, statistics=True)]
+    inversion = Early(steps=30, restarts=2, group=5.0)
+    together = inversion.invert(sent, runtime=runtime)
+    for update, beside in zip(sent, together, strict=True):
+        alone = inversion.invert([update], runtime=runtime)[0]
+        assert alone.distances == beside.distances
+        assert torch.equal(alone.images, beside.images)
 
 
 @pytest.mark.parametrize("inversion", [IG(steps=12, restarts=3), GRNN(steps=12, restarts=3, polish=0)])

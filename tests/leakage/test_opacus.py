@@ -87,6 +87,32 @@ def test_every_step_is_recorded_and_can_be_attacked(runtime: Runtime) -> None:
         assert result.distance < 0.1
 
 
+def test_steps_without_images_are_not_recorded() -> None:
+    """Poisson sampling draws nobody now and then; the training goes on, and such a step is noise alone."""
+    from opacus import PrivacyEngine
+
+    images = blocks(12)
+    model = create_model(SMALL, classes=3, size=(16, 16), seed=1)
+    torch.manual_seed(0)
+    private, optimizer, loader = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        data_loader=DataLoader(TensorDataset(images.pixels.float() / 255, images.labels), batch_size=1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    found: list[Update] = []
+    record_steps(private, optimizer, found.append, architecture=SMALL, classes=3, size=(16, 16))
+    sizes = []
+    for some, theirs in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(private(some), theirs).backward()
+        optimizer.step()
+        sizes.append(len(some))
+    assert 0 in sizes
+    assert [one.batch_size for one in found] == [size for size in sizes if size]
+
+
 def test_batches_in_pieces_are_refused() -> None:
     class Pieces:
         accumulated_iterations = 2

@@ -65,6 +65,12 @@ class LeakageAudit:
         return [one for one in self.results if one.attacker != LAYER and one.defence in self.plan.defences]
 
     @property
+    def control_failed(self) -> bool:
+        """Whether no inversion recovered anything without a defence either: then failures say nothing of defences."""
+        controls = [self.results[Setting(method=one.name)] for one in self.plan.inversions]
+        return all(one["summary"]["victims_recovered"] == 0 for one in controls)
+
+    @property
     def highest(self) -> float:
         """The highest upper 95 % bound of the probability of success under any setting that counts."""
         return max(float(self.results[one]["summary"]["bounds"][1]) for one in self.judged)

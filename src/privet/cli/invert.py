@@ -148,11 +148,14 @@ def _say(result: dict[str, Any]) -> None:
             )
             continue
         low, high = total["bounds"]
+        labels = (
+            "labels were told" if total["labels_right"] is None else f"{total['labels_right']} labels right"
+        )
         outcomes = ", ".join(f"{count} {name}" for name, count in total["outcomes"].items() if count)
         say(
             f"[bold]{kind}[/]: images of {total['victims_recovered']} of {total['victims']} clients recovered "
             f"(95 % bounds {low:.0%} to {high:.0%}); of {total['images']} images {outcomes}; median PSNR "
-            f"{total['median_psnr']:.1f} dB, best {total['best_psnr']:.1f} dB; {total['labels_right']} labels right"
+            f"{total['median_psnr']:.1f} dB, best {total['best_psnr']:.1f} dB; {labels}"
         )
         if one["identification"]:
             say(f"[bold]{kind}[/]: {identified_words(one['identification'])}")

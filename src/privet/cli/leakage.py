@@ -11,9 +11,10 @@ from rich.markup import escape
 from privet.cli.invert import create_inversion
 from privet.cli.options import CLIENTS, JUDGEMENT, Clients, Judgement, split
 from privet.cli.screen import progress, say
-from privet.errors import OK, OVER_LIMIT, UsageError
+from privet.errors import CONTROL_FAILED, OK, OVER_LIMIT, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
+    from privet.audit import LeakageAudit
     from privet.audit.leakage_plan import Setting
     from privet.leakage import Inversion
 
@@ -69,7 +70,7 @@ def leakage(
         Of that training.
     fail_above
         End with exit code 9 if the upper 95 % bound of the share of clients who lose an image exceeds this share under
-        any of --defences.
+        any of --defences; with 10 if it does not, but no method recovered anything without a defence either.
     hide
         Leave the private images out of the page.
     seed
@@ -118,10 +119,20 @@ def leakage(
     report = write_leakage_report(found, out, hide=hide)
     _say(report)
     say(f"Report: {escape(str(out / 'report.html'))}")
-    if fail_above is not None and found.highest > fail_above:
-        say(f"[bold red]Above the limit:[/] the upper bound is {found.highest:.1%}, not {fail_above:.1%}.")
+    return OK if fail_above is None else _judged(found, fail_above)
+
+
+def _judged(found: LeakageAudit, limit: float) -> int:
+    """Say whether the audit stays within a limit, and return the exit code."""
+    if found.control_failed:
+        say(
+            "[bold red]The control failed:[/] no method recovered an image without a defence either, so nothing is "
+            "known of the limit. Give the attacks more steps, or audit another network."
+        )
+    if found.highest > limit:
+        say(f"[bold red]Above the limit:[/] the upper bound is {found.highest:.1%}, not {limit:.1%}.")
         return OVER_LIMIT
-    return OK
+    return CONTROL_FAILED if found.control_failed else OK
 
 
 def _announce(limit: float, victims: int) -> None:

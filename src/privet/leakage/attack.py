@@ -131,7 +131,8 @@ def attack_once(
             found.append([])
             continue
         own = [next(ranks, None) for _ in victim.labels]
-        found.append(judge(result, victim.images, victim.labels, success, own))
+        told = victim.update.labels is not None
+        found.append(judge(result, victim.images, victim.labels, success, own, told=told))
     return Attack(
         aware=inversion.aware,
         reconstructions=reconstructions,

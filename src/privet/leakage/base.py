@@ -244,7 +244,7 @@ class Inversion(ABC):
     def _labels(self, update: Update, network: nn.Module) -> Tensor | None:
         if update.labels is not None:
             return torch.tensor(update.labels)
-        return infer_labels(update, network) if self.labels == "infer" else None
+        return infer_labels(update, network, aware=self.aware) if self.labels == "infer" else None
 
     @torch.no_grad()
     def _finished(self, problem: Problem, solved: Solved) -> list[Reconstruction]:

@@ -129,7 +129,8 @@ class Descent(Inversion):
             if self.batch_norm and problem.moments:
                 loss = loss + self.batch_norm * mismatch(moments, problem.moments)
             if self.group and problem.moments:
-                loss = loss + self.group * disagreement(x, problem.victims)
+                counted = None if ledger is None else ledger.open
+                loss = loss + self.group * disagreement(x, problem.victims, counted)
             slopes = torch.autograd.grad(loss.sum(), list(variables.values()))
             found = x.detach(), y.detach(), distance.detach()
             ledger = ledger or _Ledger(*found)
@@ -142,7 +143,14 @@ class Descent(Inversion):
             if step % max(1, self.steps // POINTS) == 0:
                 ledger.note(step)
             if problem.known is not None and problem.bias is not None and step in recounts:
-                again = count_again(problem.known, problem.bias, problem.client, found[0])
+                again = count_again(
+                    problem.known,
+                    problem.bias,
+                    problem.client,
+                    found[0],
+                    clipped=problem.evidence.clipped,
+                    noise=problem.evidence.variance.sqrt(),
+                )
                 problem = replace(problem, known=again)
             over = step == self.steps
             if step % CHECK == 0 and (kept := ledger.leave()) is not None:

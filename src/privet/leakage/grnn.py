@@ -137,7 +137,8 @@ class GRNN(Descent):
             distance = distance * problem.unit
         quiet = problem.evidence.temperature == 0
         wasserstein = torch.where(quiet | (not self.relative), (distance + EPSILON).sqrt(), 0.0)
-        return distance + wasserstein + smoothness(problem, x, self.smoothing) * squared_variation(x)
+        noisy = smoothness(x, temperature=problem.evidence.temperature, unit=problem.unit)
+        return distance + wasserstein + (self.smoothing + noisy) * squared_variation(x)
 
     def _optimizer(self, variables: Iterable[Tensor]) -> Optimizer:
         return torch.optim.RMSprop(variables, self.learning_rate, alpha=0.99, momentum=0.99)

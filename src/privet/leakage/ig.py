@@ -49,7 +49,7 @@ class IG(Descent):
 
     def _floor(self, problem: Problem) -> Tensor:
         """Return 1 minus the cosine between the true gradient and itself with noise."""
-        share = (problem.evidence.floor / problem.evidence.energy).clamp(0, 1)
+        share = (problem.evidence.noise / self._squares(problem)).clamp(0, 1)
         return 1 - (1 - share).sqrt()
 
     def _start(self, problem: Problem) -> dict[str, Tensor]:
@@ -60,8 +60,16 @@ class IG(Descent):
         return variables["x"], variables["logits"].softmax(2) if y is None else y
 
     def _loss(self, problem: Problem, x: Tensor, distance: Tensor) -> Tensor:
-        noisy = smoothness(problem, x, 0.0) * squared_variation(x)
+        # Near what was sent, t, the distance of a gradient is that of its squares over 2 |t|^2.
+        noisy = smoothness(
+            x, temperature=2 * problem.evidence.variance, unit=2 * self._squares(problem)
+        ) * squared_variation(x)
         return distance + self.total_variation * total_variation(x) + noisy
+
+    def _squares(self, problem: Problem) -> Tensor:
+        """Return the squared length of what was sent; of signs, which have none, what random images leave."""
+        squares = problem.evidence.squares
+        return torch.where(squares > 0, squares, problem.unit)
 
     def _direction(self, slope: Tensor) -> Tensor:
         return slope.sign()

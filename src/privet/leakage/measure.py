@@ -45,11 +45,11 @@ class Found:
     """What came out for one private image.
 
     Attributes:
-        outcome: "recovered"; "label only" (the label is right, the image is not); "underdetermined" (neither, and
+        outcome: "recovered"; "label only" (the label came out, the image did not); "underdetermined" (neither, and
             fewer numbers were sent than looked for); "attack failed" (neither, for the reason given).
         psnr: of the image matched to it, in dB.
         ssim: likewise; None for images below 11 px.
-        label: whether its label came out.
+        label: whether its label came out; None if the attacker was told.
         reason: why the attack failed, else "".
         rank: of its person in a gallery, from 1; None without a gallery.
     """
@@ -57,7 +57,7 @@ class Found:
     outcome: str
     psnr: float
     ssim: float | None
-    label: bool
+    label: bool | None
     reason: str
     rank: int | None = None
 
@@ -98,6 +98,8 @@ def judge(
     labels: Sequence[int],
     success: Success,
     ranks: Sequence[int | None] | None = None,
+    *,
+    told: bool = False,
 ) -> list[Found]:
     """Compare a reconstruction with the truth, which the attack never saw.
 
@@ -107,6 +109,7 @@ def judge(
         labels: theirs.
         success: the thresholds.
         ranks: places that a gallery gave to their people, or None without a gallery.
+        told: whether the attacker was given the labels: then they are none that came out.
     """
     images = matched(reconstruction, private)
     left = Counter(reconstruction.labels.tolist())
@@ -120,10 +123,11 @@ def judge(
     ):
         right = left[label] > 0
         left[label] -= right
+        came_out = None if told else right
         recovered = success.met(ratio, similarity, rank)
-        outcome, reason = _outcome(reconstruction, recovered=recovered, label=right)
+        outcome, reason = _outcome(reconstruction, recovered=recovered, label=bool(came_out))
         founds.append(
-            Found(outcome=outcome, psnr=ratio, ssim=similarity, label=right, reason=reason, rank=rank)
+            Found(outcome=outcome, psnr=ratio, ssim=similarity, label=came_out, reason=reason, rank=rank)
         )
     return founds
 

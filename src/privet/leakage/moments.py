@@ -86,7 +86,7 @@ def mismatch(found: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(each).mean(0)
 
 
-def disagreement(x: Tensor, victims: Tensor) -> Tensor:
+def disagreement(x: Tensor, victims: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return how far each member's images are from the mean of its victim's members: squared, the mean over pixels.
 
     The group consistency of GradInversion (Yin et al., arXiv 2104.07586, section 3.4) without its
@@ -95,11 +95,16 @@ def disagreement(x: Tensor, victims: Tensor) -> Tensor:
     Args:
         x: (members, images, channels, height, width).
         victims: whose restart each is, (members,).
+        counted: which members the mean is of, (members,), or None for all. Those that are done are not: how long they
+            stay in the stack depends on who else is in it.
 
     Returns:
         (members,).
     """
+    if counted is None:
+        counted = torch.ones_like(victims, dtype=torch.bool)
     names, place = torch.unique(victims, return_inverse=True)
-    flat, count = x.flatten(1), torch.bincount(place)
-    total = flat.new_zeros(len(names), flat.shape[1]).index_add_(0, place, flat.detach())
+    flat, count = x.flatten(1), torch.bincount(place[counted], minlength=len(names)).clamp_min(1)
+    known = flat.detach()[counted]
+    total = flat.new_zeros(len(names), flat.shape[1]).index_add_(0, place[counted], known)
     return (flat - (total / count[:, None])[place]).square().mean(1)

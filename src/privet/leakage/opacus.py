@@ -20,12 +20,13 @@ def record_steps(model: nn.Module, optimizer: Any, keep: Callable[[Update], obje
         record_steps(model, optimizer, updates.append, architecture="lenet", classes=10, size=(32, 32))
 
     Each image's gradient was clipped, and noise was added to their sum; the record says so. It holds the
-    mean over the images that took part, of whom the attacker is taken to know the number.
+    mean over the images that took part, of whom the attacker is taken to know the number. A step in which nobody took
+    part, as Poisson sampling draws now and then, is noise alone and not recorded.
 
     Args:
         model: what `make_private` returned.
         optimizer: likewise.
-        keep: told every step, before the weights change.
+        keep: told every step with images, before the weights change.
         facts: the record's other attributes, as for `Update.of`, but for batch size and treatment.
 
     Raises:
@@ -38,6 +39,8 @@ def record_steps(model: nn.Module, optimizer: Any, keep: Callable[[Update], obje
                 f"This step's batch came in {optimizer.accumulated_iterations} pieces; record steps on whole batches."
             )
         count = len(optimizer.grad_samples[0])
+        if count == 0:
+            return
         divided = optimizer.expected_batch_size if optimizer.loss_reduction == "mean" else 1
         spread = optimizer.noise_multiplier * optimizer.max_grad_norm / count
         named = [(name.removeprefix(WRAPPER), one) for name, one in model.named_parameters()]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from privet.leakage.problem import Problem
-
 # Standard deviation of the difference of neighbouring pixels that is expected, in [0, 1].
 NEIGHBOURS = 0.1
 
@@ -26,11 +24,15 @@ def total_variation(x: Tensor) -> Tensor:
     return down.abs().flatten(1).mean(1) + across.abs().flatten(1).mean(1)
 
 
-def smoothness(problem: Problem, x: Tensor, least: float) -> Tensor:
-    """Return the weight of `squared_variation` beside the relative distance, (members,).
+def smoothness(x: Tensor, *, temperature: Tensor, unit: Tensor) -> Tensor:
+    """Return the weight of `squared_variation` that gives the most probable image, (members,).
 
-    Under noise it is that of the most probable image, if the differences of neighbours are normal
-    with standard deviation `NEIGHBOURS`; without noise, and never less than, `least`.
+    The differences of neighbours are taken to be normal with standard deviation `NEIGHBOURS`.
+
+    Args:
+        x: (members, images, colours, height, width).
+        temperature: what minus the log-likelihood is to be multiplied with to give a distance in units of a gradient,
+            (members,); 0 without noise, and then so is the weight.
+        unit: the distance that counts as 1, (members,).
     """
-    evidence, values = problem.evidence, x[0].numel()
-    return least + evidence.temperature * values / (4 * NEIGHBOURS**2 * problem.unit)
+    return temperature * x[0].numel() / (4 * NEIGHBOURS**2 * unit)

@@ -23,13 +23,17 @@ from privet.learning.update_files import contents
 
 
 def summary(found: Sequence[Sequence[Found]]) -> dict[str, Any]:
-    """Return what attacks on several victims came to; a victim counts if any of its images came out."""
+    """Return what attacks on several victims came to; a victim counts if any of its images came out.
+
+    How many labels came out is None if the attacker was told some.
+    """
     images = [one for victim in found for one in victim]
     if not images:
         return {}
     hit = sum(any(one.outcome == "recovered" for one in victim) for victim in found)
     ssims = [one.ssim for one in images if one.ssim is not None]
     outcomes = Counter(one.outcome for one in images)
+    labels = [one.label for one in images if one.label is not None]
     return {
         "victims": len(found),
         "victims_recovered": hit,
@@ -37,7 +41,7 @@ def summary(found: Sequence[Sequence[Found]]) -> dict[str, Any]:
         "bounds": clopper_pearson(hit, len(found)),
         "images": len(images),
         "outcomes": {outcome: outcomes[outcome] for outcome in OUTCOMES},
-        "labels_right": sum(one.label for one in images),
+        "labels_right": sum(labels) if len(labels) == len(images) else None,
         "median_psnr": statistics.median(one.psnr for one in images),
         "best_psnr": max(one.psnr for one in images),
         "median_ssim": statistics.median(ssims) if ssims else None,

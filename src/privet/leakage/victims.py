@@ -75,6 +75,7 @@ def simulate(
         raise UsageError(
             f"{architecture} has no batch norm, so there are no statistics that clients could send."
         )
+    grey = bool(images.grey.all())  # the same for all clients, and nothing that one client's images give away
     order = torch.randperm(len(images), generator=generator(seed, "victims"))
     found = []
     for index in range(victims):
@@ -93,7 +94,7 @@ def simulate(
             local_steps=local_steps,
             learning_rate=learning_rate if local_steps > 1 else None,
             mode="train" if model.training else "eval",
-            grey=bool(images.grey[chosen].all()),
+            grey=grey,
             labels=told if labels_known else None,
             statistics=buffers if statistics else {},
         )
@@ -167,7 +168,8 @@ def threat_model(update: Update, *, aware: bool) -> list[str]:
     )
     sent = sum(value.numel() for value in update.values.values())
     size = f"{update.size[0]} x {update.size[1]} px in {update.classes} classes"
-    count = "1 image" if update.images == 1 else f"{update.images} images"
+    kind = "grey image" if update.grey else "image"
+    count = f"1 {kind}" if update.images == 1 else f"{update.images} {kind}s"
     known = ["architecture", "weights before", "mean cross-entropy", f"{count} of {size}"]
     if several:
         known.append(f"plain SGD with learning rate {update.learning_rate:g}")
