@@ -250,15 +250,15 @@ def test_single_pixels_that_leave_the_budget_are_found_in_the_files(
     publish(open_images(clean, size=8), RandomNoise(epsilon=3), tmp_path / "protected", runtime=runtime)
     path = sorted((tmp_path / "protected").glob("*/*.png"))[0]
     changed = np.array(Image.open(path))
-    changed[9, 9] ^= 64
+    changed[9, 9] ^= 16
     Image.fromarray(changed).save(path)
     plan = replace(PLAN, recoveries=("none",), architectures=("cnn-w4",), seeds=(0,))
     audit = run_audit(
         clean, tmp_path / "protected", test=test, out=tmp_path / "out", plan=plan, runtime=runtime, size=8
     )
-    assert max(one.linf for one in audit.material.similarities) < 30  # made smaller, it is smoothed away
+    assert max(one.linf for one in audit.material.similarities) <= 3  # made smaller, it is smoothed away
     (says,) = [flag.says for flag in audit.flags if flag.name == "over-budget"]
-    assert "6" in says and "the budget is 3/255" in says
+    assert re.search(r"1[3-9]/255; the budget is 3/255", says)
 
 
 def test_a_refused_audit_gives_its_folder_back(
