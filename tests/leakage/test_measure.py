@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.leakage.victims import victims
+from torch import Tensor
 
 from privet.errors import UsageError
 from privet.leakage import Reconstruction
@@ -30,6 +31,7 @@ from privet.leakage.labels import (
 )
 from privet.leakage.measure import Found, Success, baselines, judge, match, psnr, ssim
 from privet.leakage.results import summary
+from privet.leakage.victims import Victim
 from privet.learning import Update
 
 
@@ -170,9 +172,8 @@ def test_many_labels_by_their_counts(without: tuple[str, ...]) -> None:
         assert found.tolist() == sorted(victim.labels)
 
 
-def test_labels_are_counted_again_from_the_images() -> None:
-    """With the true images the counts are exact; who may keep a label keeps it."""
-    found = victims(2, batch_size=4, architecture="lenet-strided-sigmoid")
+def told(found: list[Victim]) -> tuple[Client, Tensor, Tensor, Tensor]:
+    """Return the client of these victims, the last layer's bias that each sent, their images, and their labels."""
     client = Client.of(
         [one.update for one in found],
         network_of(found[0].update),
@@ -183,6 +184,13 @@ def test_labels_are_counted_again_from_the_images() -> None:
     bias = torch.stack([one.double() for one in biases if one is not None])
     x = torch.stack([one.images.double() for one in found if one.images is not None])
     truth = torch.tensor([one.labels for one in found])
+    return client, bias, x, truth
+
+
+def test_labels_are_counted_again_from_the_images() -> None:
+    """With the true images the counts are exact; who may keep a label keeps it."""
+    found = victims(2, batch_size=4, architecture="lenet-strided-sigmoid")
+    client, bias, x, truth = told(found)
     clipped, noise = torch.tensor([False, False]), torch.zeros(2)
     assert torch.equal(count_again(truth, bias, client, x, clipped=clipped, noise=noise), truth)
     wrong = truth.clone()
@@ -220,16 +228,7 @@ def test_noise_is_not_taken_for_a_factor() -> None:
 
 def test_labels_of_clipped_batches_are_counted_again() -> None:
     found = victims(3, batch_size=2, defence="clip-0.01")
-    client = Client.of(
-        [one.update for one in found],
-        network_of(found[0].update),
-        device=torch.device("cpu"),
-        dtype=torch.float64,
-    )
-    biases = [Head.of(one.update).bias for one in found]
-    bias = torch.stack([one.double() for one in biases if one is not None])
-    x = torch.stack([one.images.double() for one in found if one.images is not None])
-    truth = torch.tensor([one.labels for one in found])
+    client, bias, x, truth = told(found)
     clipped, noise = torch.tensor([True, True, False]), torch.zeros(3)  # the last attack does not know
     wrong = (truth + torch.tensor([0, 1])) % 3
     again = count_again(wrong, bias, client, x, clipped=clipped, noise=noise).sort(1).values

@@ -193,25 +193,20 @@ def test_what_cannot_be_traced() -> None:
         trace(small, protected, PEOPLE)
 
 
+def with_a_copy(vendor: Vendor, name: str, folder: Path) -> Licence:
+    """Return a licence that lets a copy be made, written into a folder."""
+    return issue(
+        vendor, "cats-1", OURS, licensee=name, passphrase=THEIRS, out=folder / name, copied=True, work=EASY
+    )
+
+
 def test_copies_of_a_release(made: World, tmp_path: Path, runtime: Runtime) -> None:
     root = tmp_path
     with pytest.raises(LicenceError, match="The ledger knows no copy of the release 'cats-2'"):
         find_leak(made.folder, made.folder, made.vendor, "cats-2", OURS)
     with pytest.raises(UsageError, match="issued with one"):
         make_copy(made.folder, made.root / "clean", made.licence, made.vendor, root / "none", runtime=runtime)
-    licences = {
-        name: issue(
-            made.vendor,
-            "cats-1",
-            OURS,
-            licensee=name,
-            passphrase=THEIRS,
-            out=root / name,
-            copied=True,
-            work=EASY,
-        )
-        for name in ("Bo", "Cy")
-    }
+    licences = {name: with_a_copy(made.vendor, name, root) for name in ("Bo", "Cy")}
     for name, licence in licences.items():
         for _ in range(2):  # again: what is there stays
             make_copy(
@@ -251,22 +246,10 @@ def test_copies_are_made_of_the_licensed_release_alone(
 ) -> None:
     ours = with_a_ledger_of_its_own(made, tmp_path)
 
-    def given(name: str) -> Licence:
-        return issue(
-            ours,
-            "cats-1",
-            OURS,
-            licensee=name,
-            passphrase=THEIRS,
-            out=tmp_path / name,
-            copied=True,
-            work=EASY,
-        )
-
     def make(base: Path, licence: Licence, out: str, vendor: Vendor = ours) -> None:
         make_copy(base, made.root / "clean", licence, vendor, tmp_path / out, runtime=runtime, workers=1)
 
-    first, second = given("Di"), given("Ed")
+    first, second = (with_a_copy(ours, name, tmp_path) for name in ("Di", "Ed"))
     make(made.folder, first, "copy-of-Di")
     manifest = read_manifest(made.folder, public=ours.public)
     for licence in (first, second):  # also whoever already has this very copy

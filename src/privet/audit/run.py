@@ -29,7 +29,8 @@ from privet.files import (
     write_bytes,
 )
 from privet.images import Budget, ImageSet, Similarity, align, by_psnr, compare_all, open_images, pair
-from privet.images.picture import PictureError, decode, measure
+from privet.images.image_set import SourceFile
+from privet.images.picture import PictureError, decode
 from privet.images.similarity import compare
 from privet.learning import Job, Learner, Runtime, learn
 from privet.learning.publication import versions
@@ -289,22 +290,24 @@ def _excess(
         return None
     height, width = (protection or {}).get("size", clean.size)
     for one, other, similarity in zip(clean.files, protected.files, similarities, strict=True):
-        try:
-            first, second = one.read(), other.read()
-            size, change = measure(first), similarity
-            if not size == measure(second) == clean.size:
-                before, after = decode(first), decode(second)
-                if before.size != after.size:
-                    return (
-                        f"its size ({' x '.join(map(str, after.size))}, not {' x '.join(map(str, before.size))}); the "
-                        f"budget is {claimed.amount:g} ({claimed.norm})"
-                    )
-                size, change = before.size, compare(before.rgb, after.rgb, ssim=False)
-        except PictureError as error:
-            raise InputError(f"{other.file} could be read a moment ago, and now cannot: {error}") from error
-        if words := claimed.excess(change, size, seen=(height, width)):
+        if one.size != other.size:
+            return (
+                f"its size ({' x '.join(map(str, other.size))}, not {' x '.join(map(str, one.size))}); the "
+                f"budget is {claimed.amount:g} ({claimed.norm})"
+            )
+        change = similarity if one.size == clean.size else _compare(one, other)
+        if words := claimed.excess(change, one.size, seen=(height, width)):
             return words
     return None
+
+
+def _compare(one: SourceFile, other: SourceFile) -> Similarity:
+    """Compare two files at their own size."""
+    try:
+        before, after = decode(one.read()), decode(other.read())
+    except PictureError as error:
+        raise InputError(f"{other.file} could be read a moment ago, and now cannot: {error}") from error
+    return compare(before.rgb, after.rgb, ssim=False)
 
 
 def _protection(source: str | Path) -> dict[str, Any] | None:

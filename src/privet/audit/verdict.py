@@ -71,11 +71,10 @@ def judge(plan: Plan, table: Sequence[Row], flags: Sequence[Flag], facts: Facts)
     grave = [flag.name for flag in flags if flag.grave]
     narrow = [flag.name for flag in flags if flag.narrow]
     for one in grades:
-        everywhere = len(one.untested) == len(plan.architectures)
-        narrow += [
-            f"{one.recovery}-untested" + ("" if everywhere else f"-with-{name}") for name in one.untested
-        ]
-    narrow = list(dict.fromkeys(narrow))
+        if one.grade == "untested":  # with every architecture
+            narrow.append(f"{one.recovery}-untested")
+        else:
+            narrow += [f"{one.recovery}-untested-with-{name}" for name in one.untested]
     if grave:
         grade = "inconclusive"
         headline = f"No verdict: the audit's own controls failed ({', '.join(dict.fromkeys(grave))})."

@@ -65,10 +65,7 @@ def _tensors(path: Path) -> dict[str, Any]:
         return tensors
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"Expected safetensors in {path}: {error}.") from error
-    except (
-        TypeError,
-        AttributeError,
-    ) as error:  # that is what safetensors makes of bfloat16 and of 8-bit floats
+    except (TypeError, AttributeError) as error:  # what safetensors makes of bfloat16, and of 8-bit floats
         raise InputError(
             f"Expected safetensors with numbers that numpy has in {path}: {error}. Save the model as float32."
         ) from error

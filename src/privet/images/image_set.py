@@ -22,11 +22,13 @@ class SourceFile:
     Attributes:
         file: its path in the source, with forward slashes.
         sha256: of the file's bytes.
+        size: height and width of the picture, upright.
         read: returns those bytes, or raises PictureError.
     """
 
     file: str
     sha256: str
+    size: tuple[int, int]
     read: Callable[[], bytes]
 
 

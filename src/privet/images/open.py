@@ -95,7 +95,7 @@ def open_images(
         names=tuple(item.name for item in items),
         grey=torch.tensor(grey),
         files=tuple(
-            SourceFile(file=item.file, sha256=headers[index][0], read=item.read)
+            SourceFile(file=item.file, sha256=headers[index][0], size=headers[index][2], read=item.read)
             for index, item in zip(kept, items, strict=True)
         ),
         skipped=tuple(sorted(skipped, key=lambda skip: (skip.file, skip.reason))),

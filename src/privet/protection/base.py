@@ -142,3 +142,7 @@ class Bounded(Protection):
     @property
     def budget(self) -> Budget:
         return Budget(norm="linf", amount=self.epsilon)
+
+    def crossing(self, step_size: float) -> int:
+        """Return how many steps of this size, in 1/255, take noise from one end of the budget to the other."""
+        return math.ceil(2 * self.epsilon / step_size)

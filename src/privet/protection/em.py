@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -97,23 +96,20 @@ class EM(Bounded):
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         refuse_one_class(images, self.name)
         batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job)
-        # Rounds add up; where there are none, this many descents take noise from one end to the other.
-        crossing = math.ceil(2 * self.epsilon / self.step_size)
+        steps = self.crossing(self.step_size)  # where there are no rounds whose descents add up
         if surrogate is not None and self.mode == "sample":
 
             def fresh(index: Tensor, randomness: torch.Generator) -> Tensor:
                 batch = batches[index]
-                return (
-                    self._improve(surrogate, batch, torch.zeros_like(batch.x), crossing, randomness, job)
-                    * 255
-                )
+                noise = self._improve(surrogate, batch, torch.zeros_like(batch.x), steps, randomness, job)
+                return noise * 255
 
             return fresh
         if surrogate is None:
             stored = self._train(images, batches, job)
         else:
             stored = self._begin(images)
-            for round_ in range(crossing):
+            for round_ in range(steps):
                 self._improve_stored(surrogate, images, batches, stored, round_, "perturbing", job)
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:

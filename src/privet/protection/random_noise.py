@@ -33,14 +33,14 @@ class RandomNoise(Protection):
 
     name: ClassVar[str] = "random"
 
-    @property
-    def budget(self) -> Budget:
-        return Budget(norm=self.norm, amount=self.epsilon)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm == "none":
             raise UsageError("random needs a budget to use up: a norm of linf, l2 or l0, got 'none'.")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(norm=self.norm, amount=self.epsilon)
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         if self.norm == "l0" and self.epsilon > images.size[0] * images.size[1]:
@@ -61,9 +61,8 @@ class RandomNoise(Protection):
             if self.norm == "linf":
                 return (2.0 * noise - 1.0) * self.epsilon
             rank = torch.rand(shape[0], shape[2] * shape[3], generator=randomness, device=device)
-            places = rank.topk(
-                int(self.epsilon)
-            ).indices  # not those above a bound: two may draw the same number
+            # Not those above a bound: two may draw the same number.
+            places = rank.topk(int(self.epsilon)).indices
             chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, places, True)
             chosen = chosen.view(-1, 1, *shape[2:])
             return torch.where(chosen, 255.0 * noise - images.pixels[index].to(device), 0)

@@ -111,8 +111,8 @@ class UCL(Bounded):
         batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job, contrastive=True)
         if surrogate is not None:
             noise = self._start(images, "sample", job)
-            crossing = math.ceil(2 * self.epsilon / self.step_size)  # steps from one end to the other
-            self._improve(surrogate, batches, noise, 0, crossing, "perturbing", job)
+            steps = self.crossing(self.step_size)
+            self._improve(surrogate, batches, noise, 0, steps, "perturbing", job)
         else:
             noise = self._start(images, "class" if self.class_rounds else "sample", job)
             if self.class_rounds:

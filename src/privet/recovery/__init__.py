@@ -81,6 +81,8 @@ WHOLE = ("jpeg", "bitdepth", "dvae")
 # Among which `auto` chooses, by what they bring back on average; the second one where there is a prior.
 CANDIDATES = ("versions", "purify-gently", "jpeg-10", "grayscale", "projection", "coin", "none")
 
+MADE_OF_OTHERS = ("auto", "versions")  # which denoise with a prior if one is given, and do without
+
 # What `versions` are; the last one where there is a prior.
 VERSIONS = ("jpeg-10", "jpeg-10+grayscale", "purify-gently+grayscale")
 
@@ -92,7 +94,7 @@ def needs_prior(name: str) -> bool:
 
 def uses_prior(name: str, *, given: bool) -> bool:
     """Say whether a recovery of this name denoises with a prior, if one is given or even if none is."""
-    return needs_prior(name) or (given and any(part in ("auto", "versions") for part in name.split("+")))
+    return needs_prior(name) or (given and any(part in MADE_OF_OTHERS for part in name.split("+")))
 
 
 def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
@@ -109,7 +111,7 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
     parts = name.split("+")
     if len(parts) > 1:
         return Chain(tuple(create_recovery(part, prior=prior) for part in parts))
-    if name in ("auto", "versions"):
+    if name in MADE_OF_OTHERS:
         named = CANDIDATES if name == "auto" else VERSIONS
         usable = (one for one in named if prior is not None or not needs_prior(one))
         made = tuple(create_recovery(one, prior=prior) for one in usable)
@@ -132,8 +134,7 @@ def create_recovery(name: str, *, prior: str | None = None) -> Recovery:
         *PLAIN,
         *WITH_PRIOR,
         "purify-ROUNDS",
-        "auto",
-        "versions",
+        *MADE_OF_OTHERS,
         *(f"{kind}-NUMBER" for kind in NUMBERED),
     ]
     raise UsageError(

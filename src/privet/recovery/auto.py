@@ -46,12 +46,11 @@ class Auto(Recovery):
     learner: Learner = LEARNER
 
     name = "auto"
+    multiplies = True
 
     def __post_init__(self) -> None:
         if len({candidate.name for candidate in self.candidates}) < max(2, len(self.candidates)):
             raise UsageError(f"auto needs at least two different candidates, got {self.candidates}.")
-
-    multiplies = True
 
     def record(self) -> dict[str, Any]:
         settings = {

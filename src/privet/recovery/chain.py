@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,7 @@ class Chain(Recovery):
         return any(part.trains for part in self.parts)
 
     def recover(self, images: ImageSet, job: Job) -> ImageSet:
-        for number, part in enumerate(self.parts):
-            name = f"{number}-{part.name}"
+        for name, part in self._numbered():
             own = dataclasses.replace(job, workspace=job.file(name), facts={})
             images = part.recover(images, own)
             if own.facts:
@@ -52,11 +51,16 @@ class Chain(Recovery):
         return images
 
     def present(self, images: ImageSet, facts: Mapping[str, Any]) -> ImageSet:
-        for number, part in enumerate(self.parts):
-            images = part.present(images, facts.get(f"{number}-{part.name}", {}))
+        for name, part in self._numbered():
+            images = part.present(images, facts.get(name, {}))
         return images
 
     def adapt(self, learner: Learner) -> Learner:
         for part in self.parts:
             learner = part.adapt(learner)
         return learner
+
+    def _numbered(self) -> Iterator[tuple[str, Recovery]]:
+        """Go through the parts under names that differ, though the same part may come twice."""
+        for number, part in enumerate(self.parts):
+            yield f"{number}-{part.name}", part

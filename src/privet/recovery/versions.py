@@ -30,6 +30,7 @@ class Versions(Recovery):
     parts: tuple[Recovery, ...]
 
     name = "versions"
+    multiplies = True
 
     def __post_init__(self) -> None:
         if len({part.name for part in self.parts}) < max(2, len(self.parts)) or any(
@@ -39,8 +40,6 @@ class Versions(Recovery):
                 "versions needs at least two different recoveries that change images, got "
                 f"{', '.join(part.name for part in self.parts) or 'none'}."
             )
-
-    multiplies = True
 
     def record(self) -> dict[str, Any]:
         return {"recovery": self.name, "settings": {"parts": [part.record() for part in self.parts]}}
