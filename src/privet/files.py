@@ -138,7 +138,8 @@ def released(out: Path) -> Iterator[None]:
         yield
     except (UsageError, InputError):
         with contextlib.suppress(OSError):
-            if [entry.name for entry in (out / WORKSPACE).iterdir()] == [RUN]:
+            kept = [entry.name for folder in (out, out / WORKSPACE) for entry in folder.iterdir()]
+            if kept == [WORKSPACE, RUN]:
                 shutil.rmtree(out / WORKSPACE)
                 out.rmdir()
         raise

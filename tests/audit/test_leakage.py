@@ -188,6 +188,23 @@ def test_a_finished_setting_is_never_repeated(
     assert len(attacked) == 1 + 2 * len(whole.results)
 
 
+def test_a_refused_audit_gives_its_folder_back_unless_something_is_finished(
+    tmp_path: Path, runtime: Runtime
+) -> None:
+    impossible = replace(PLAN, inversions=(Analytic(),), defences=("none",), layers=False)
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="linear first layer"):
+        audit(out, runtime, impossible)
+    assert not out.exists()
+    half = replace(impossible, inversions=(IG(steps=1), Analytic()))
+    with pytest.raises(UsageError, match="linear first layer"):
+        audit(out, runtime, half)
+    kept = (out / "cells.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="linear first layer"):
+        audit(out, runtime, half)  # as it was left, not as "other files"
+    assert (out / "cells.jsonl").read_bytes() == kept
+
+
 def test_a_damaged_store(tmp_path: Path, runtime: Runtime) -> None:
     audit(tmp_path, runtime)
     (tmp_path / "cells.jsonl").write_text('{"setting": {"nonsense": 1}}\n')

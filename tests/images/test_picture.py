@@ -207,6 +207,59 @@ def test_unusable_files_say_why(kind: str) -> None:
         decode(data)
 
 
+def png16(kind: int, channels: int) -> bytes:
+    """Return a PNG of 16 bits a channel, which Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in FINE[..., :channels])
+    header = struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def ppm(magic: str, white: int, channels: int) -> bytes:
+    """Return a binary or plain PPM or PGM whose largest value is `white`."""
+    values = (FINE[..., :channels] * (white / 65535)).round().astype(int)
+    body = values.astype(">u2" if white > 255 else "u1").tobytes()
+    if magic in ("P2", "P3"):
+        body = (" ".join(map(str, values.ravel())) + "\n").encode()
+    return f"{magic} 4 4 {white}\n".encode() + body
+
+
+FINE = np.linspace(0, 65535, 64).astype(np.uint16).reshape(4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "reduced"),
+    [
+        (png16(2, 3), True),
+        (png16(6, 4), True),
+        (png16(4, 2), True),
+        (png16(0, 1), False),
+        (ppm("P6", 65535, 3), True),
+        (ppm("P6", 1023, 3), True),
+        (ppm("P3", 1023, 3), True),
+        (ppm("P6", 255, 3), False),
+        (ppm("P3", 15, 3), False),
+        (ppm("P5", 65535, 1), False),
+        (ppm("P5", 1023, 1), False),
+        (ppm("P2", 1023, 1), False),
+    ],
+)
+def test_lost_bits_are_noted(data: bytes, reduced: bool) -> None:
+    picture = decode(data)
+    assert picture.notes == (("reduced to 8 bits",) if reduced else ())
+    coloured = np.ptp(picture.rgb.astype(int), axis=2).max() > 0
+    wanted = FINE[..., : 3 if coloured else 1] / 257
+    assert np.abs(picture.rgb - wanted).max() <= (
+        1 if picture.notes or picture.deep is not None else 255 / 15
+    )
+    if picture.deep is not None:
+        assert np.abs(picture.deep - FINE[..., 0].astype(int)).max() <= 33  # half a step of 1,023
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_by_its_header() -> None:
     with pytest.raises(PictureError, match="too large"):

@@ -17,7 +17,7 @@ from privet.cli import main
 from privet.errors import InputError, OutputError, UsageError
 from privet.images import ImageSet
 from privet.images.montage import montage
-from privet.leakage import IG
+from privet.leakage import IG, Analytic
 from privet.leakage.attack import attack
 from privet.leakage.victims import Victim, simulate, threat_model
 from privet.leakage.write import write_attack
@@ -63,6 +63,14 @@ def test_a_folder_belongs_to_one_run(runtime: Runtime, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=f"with another {differs}[.]"):
             write_attack(tmp_path, other, IG(steps=steps), runtime=runtime, source=source, **changed)
     assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_a_refused_attack_gives_its_folder_back(runtime: Runtime, tmp_path: Path) -> None:
+    convolutional = victims(1)
+    with pytest.raises(UsageError, match="linear first layer"):
+        write_attack(tmp_path / "out", convolutional, Analytic(), runtime=runtime, source={})
+    assert not (tmp_path / "out").exists()
+    write_attack(tmp_path / "out", convolutional, IG(steps=1), runtime=runtime, source={})
 
 
 def test_columns_of_the_picture_are_named(

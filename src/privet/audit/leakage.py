@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from privet.audit.leakage_plan import LAYER, NONE, LeakagePlan, Setting, Store
 from privet.audit.utility import defended_accuracy
-from privet.files import WORKSPACE, claim, finish
+from privet.files import WORKSPACE, claim, finish, released
 from privet.images import ImageSet
 from privet.leakage import Gallery
 from privet.leakage.attack import Attack, attack_once, others
@@ -140,16 +140,17 @@ def audit_leakage(
         if setting not in store.results:
             started, unfinished = time.perf_counter(), out / WORKSPACE / f"setting-{done}"
             attacked = [_seen(victim, setting.layer) for victim in victims[setting.defence]]
-            one = attack_once(
-                attacked,
-                plan.inversion(setting),
-                runtime=runtime,
-                success=plan.success,
-                seed=plan.seed,
-                gallery=gallery,
-                workspace=unfinished,
-                progress=progress,
-            )
+            with released(out):
+                one = attack_once(
+                    attacked,
+                    plan.inversion(setting),
+                    runtime=runtime,
+                    success=plan.success,
+                    seed=plan.seed,
+                    gallery=gallery,
+                    workspace=unfinished,
+                    progress=progress,
+                )
             store.add(setting, _result(one), _pictures(one, attacked), seconds=time.perf_counter() - started)
             shutil.rmtree(unfinished, ignore_errors=True)
         if finished is not None:

@@ -140,17 +140,19 @@ def decode(data: bytes) -> Picture:
         notes = []
         if (frames := _frames(image)) > 1:
             notes.append(f"the first of {frames} pictures was kept")
+        if _reduced(image):
+            notes.append("reduced to 8 bits")
         try:
             image.load()
         except Exception as error:
             raise PictureError(f"damaged: {_words(error)}") from error
         metadata = _metadata(image, notes)
-        if image.format == "PNG" and _png_depth(data) == 16 and image.mode in ("RGB", "RGBA"):
-            notes.append("16-bit colour reduced to 8 bits")
         try:
             upright = ImageOps.exif_transpose(image)
         except Exception:
             upright = image
+        if image.format == "PPM" and image.mode == "I":  # Pillow widens grey of 9 to 16 bits to all 16
+            upright = Image.fromarray(np.array(image).astype(np.uint16))
         try:
             return Picture(**_pixels(upright, metadata, notes), **metadata, notes=tuple(notes))
         except PictureError:
@@ -356,8 +358,17 @@ def _eight_bits(deep: NDArray[np.uint16]) -> NDArray[np.uint8]:
     return np.repeat(grey[:, :, None], 3, 2)
 
 
-def _png_depth(data: bytes) -> int:
-    return data[24] if len(data) > 24 else 8
+def _reduced(image: Image.Image) -> bool:
+    """Say whether loading an opened image drops bits: Pillow keeps more than 8 of one channel alone."""
+    if image.mode.startswith("I"):
+        return False
+    for tile in image.tile:
+        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        if any(isinstance(one, str) and ";16" in one for one in arguments):
+            return True
+        if tile.codec_name.startswith("ppm") and isinstance(arguments[-1], int) and arguments[-1] > 255:
+            return True
+    return False
 
 
 def _words(error: Exception) -> str:

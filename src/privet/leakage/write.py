@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from privet.files import WORKSPACE, claim, finish, read_json, write_bytes, write_json
+from privet.files import WORKSPACE, claim, finish, read_json, released, write_bytes, write_json
 from privet.images.montage import montage, png
 from privet.leakage.attack import DEFAULT, Attack, attack, others
 from privet.leakage.base import Inversion
@@ -76,16 +76,17 @@ def write_attack(
         "torch": torch.__version__,
     }
     if not claim(out, run):
-        attacks = attack(
-            victims,
-            inversion,
-            runtime=runtime,
-            success=success,
-            seed=seed,
-            gallery=gallery,
-            workspace=out / WORKSPACE,
-            progress=progress,
-        )
+        with released(out):
+            attacks = attack(
+                victims,
+                inversion,
+                runtime=runtime,
+                success=success,
+                seed=seed,
+                gallery=gallery,
+                workspace=out / WORKSPACE,
+                progress=progress,
+            )
         write_json(out / REPORT, {**run, **report(victims, attacks, success, public, gallery)})
         rows = _pairs(victims, attacks, hide=hide)
         write_bytes(out / PICTURE, png(montage(rows, _titles(victims, attacks, hide=hide))))
