@@ -146,16 +146,62 @@ def test_metadata_are_kept_without_location_and_thumbnails() -> None:
     assert stripped.info["icc_profile"] == SRGB  # without it the colours would change
 
 
+XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<r:Description xmlns:photoshop="http://ns.adobe.com/photoshop/1.0/" xmlns:dji="http://www.dji.com/drone-dji/1.0/"
+ xmlns:core="http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/" xmlns:ext="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:dc="http://purl.org/dc/elements/1.1/"
+ photoshop:City="Delft" photoshop:Credit="Ada &amp; Sons" dji:GpsLatitude="52.01">
+<core:Location>12 Home Street</core:Location>
+<ext:LocationCreated><r:Bag><r:li><ext:Sublocation>the attic</ext:Sublocation></r:li></r:Bag></ext:LocationCreated>
+<dc:rights><r:Alt><r:li xml:lang="x-default">all reserved</r:li></r:Alt></dc:rights>
+<core:CreatorContactInfo core:CiAdrCity="Rotterdam"/>
+<xmp:Thumbnails><r:Alt><r:li>small copy</r:li></r:Alt></xmp:Thumbnails>
+</r:Description></r:RDF></x:xmpmeta>
+<?xpacket end="w"?>"""
+SAID = ("Ada &amp; Sons", "all reserved", "Rotterdam", "W5M0MpCehiHzreSzNTczkc9d")
+WHERE = ("Delft", "52.01", "12 Home Street", "the attic")
+
+
+def xmp(data: bytes) -> str:
+    info = opened(data).info
+    found = info.get("xmp") or info.get("XML:com.adobe.xmp") or ""
+    return found.decode() if isinstance(found, bytes) else str(found)
+
+
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_xmp_with_location_or_thumbnail_is_dropped(format: str) -> None:
-    for packet, kept in (
-        (b"<x>title</x>", True),
-        (b"<x>GPSLatitude</x>", False),
-        (b"<x>xmp:Thumbnails</x>", False),
-    ):
-        data = file(RGB, "WEBP", xmp=packet)
-        found = opened(encode(decode(data), format=format)).info
-        assert (packet.decode() in str(found)) is kept
+@pytest.mark.parametrize("source", ["WEBP", "JPEG"])
+def test_xmp_keeps_credits_without_places_and_thumbnails(source: str, format: str) -> None:
+    picture = decode(file(RGB, source, xmp=XMP.encode()))
+    kept = xmp(encode(picture, format=format))
+    assert all(word in kept for word in SAID)
+    assert not any(word in kept for word in (*WHERE, "small copy"))
+    located = xmp(encode(picture, format=format, gps=True))
+    assert all(word in located for word in (*SAID, *WHERE)) and "small copy" not in located
+    assert xmp(encode(picture, format=format, metadata="strip")) == ""
+    plain = "<x><dc:title xmlns:dc='http://purl.org/dc/elements/1.1/'>title</dc:title></x>\n"
+    assert xmp(encode(decode(file(RGB, source, xmp=plain.encode())), format=format)) == plain
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"no packet",
+        b"<x>",
+        b"<!DOCTYPE x [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;&a;'>]><x>&b;</x>",
+        b"<a>" * 5000 + b"<City>Delft</City>" + b"</a>" * 5000,
+        b"<x y:City='Delft'/>",
+        b"<City>Delft</City>",
+    ],
+)
+def test_xmp_that_cannot_be_read_is_dropped(packet: bytes) -> None:
+    picture = decode(file(RGB, "WEBP", xmp=packet))
+    assert b"Delft" not in encode(picture) and b"aaaa" not in encode(picture)
+
+
+@given(st.binary(max_size=64))
+def test_any_xmp_is_kept_or_dropped(packet: bytes) -> None:
+    opened(encode(decode(file(RGB, "WEBP", xmp=packet)))).load()
 
 
 def test_text_chunks_are_kept() -> None:
@@ -163,6 +209,7 @@ def test_text_chunks_are_kept() -> None:
 
     info = PngInfo()
     info.add_text("Title", "a title")
+    info.add_text("Location", "12 Home Street")
     written = encode(decode(file(RGB, pnginfo=info)))
     assert opened(written).text == {"Title": "a title"}  # type: ignore[attr-defined]
 

@@ -64,9 +64,9 @@ class Files:
     format
         png, webp (lossless) or parquet. JPEG is refused: it destroys the noise.
     metadata
-        keep or strip. Location is stripped in any case, unless --keep-gps is given.
+        keep or strip. GPS and fields that name a place are stripped in any case, unless --keep-gps is given.
     keep_gps
-        Keep the location in the metadata.
+        Keep GPS and places in the metadata.
     workers
         Files decoded and encoded at a time.
     """

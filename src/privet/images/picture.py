@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from privet.errors import UsageError
+from privet.images.xmp import is_place, is_thumbnail, without
 
 # What Pillow may open, where it was built with it. Formats that run another program or describe
 # vectors stay out.
@@ -180,7 +181,9 @@ def encode(picture: Picture, *, format: str = "png", metadata: str = "keep", gps
     exif = _exif(picture, gps) if kept else None
     if exif is not None:
         options["exif"] = exif
-    xmp = picture.xmp if kept and picture.xmp and (gps or b"GPS" not in picture.xmp) else None
+    xmp = picture.xmp if kept else None
+    if xmp and not gps:
+        xmp = without(xmp, is_place)
     if format == "webp":
         if max(image.size) > WEBP_SIDE:
             raise PictureError(f"larger than WebP's {WEBP_SIDE} pixels a side; use png")
@@ -192,7 +195,8 @@ def encode(picture: Picture, *, format: str = "png", metadata: str = "keep", gps
         if xmp:
             info.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
         for key, value in (picture.text if kept else {}).items():
-            info.add_itxt(key, value)
+            if gps or not is_place(key):
+                info.add_itxt(key, value)
         options.update(pnginfo=info, compress_level=6)
         if kept and picture.dpi:
             options["dpi"] = picture.dpi
@@ -309,8 +313,11 @@ def _metadata(image: Image.Image, notes: list[str]) -> dict[str, Any]:
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
     if isinstance(xmp, str):
         xmp = xmp.encode()
-    # XMP may hold a thumbnail as well.
-    found["xmp"] = xmp if isinstance(xmp, bytes) and b"Thumbnail" not in xmp else None
+    found["xmp"] = None
+    if isinstance(xmp, bytes) and xmp.strip():
+        found["xmp"] = without(xmp, is_thumbnail)
+        if found["xmp"] is None:
+            notes.append("unreadable XMP dropped")
     text = getattr(image, "text", {}) if image.format == "PNG" else {}
     found["text"] = {
         str(key): str(value)
