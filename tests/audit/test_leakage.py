@@ -382,6 +382,23 @@ def test_a_control_that_fails_is_said(tmp_path: Path, runtime: Runtime) -> None:
     assert report["worst"]["share"] == 0
 
 
+def test_a_guess_that_counts_as_recovered_is_said(tmp_path: Path, runtime: Runtime) -> None:
+    public = blocks(6).pixels[:4].float() / 255 * 0.99
+    for limit, counts in ((20.0, True), (99.0, False)):
+        plan = replace(PLAN, success=Success(psnr=limit, ssim=1.0), layers=False)
+        out = tmp_path / str(limit)
+        report = write_leakage_report(audit(out, runtime, plan, public=public), out)
+        says = [one["says"] for one in report["doubts"] if one["name"] == "baseline-counts"]
+        nearest = report["baselines"]["nearest"]["recovered"]
+        assert bool(nearest) is counts
+        assert (
+            any(
+                f"nearest, which saw no update, counts as recovered for {nearest} of 2" in one for one in says
+            )
+            is counts
+        )
+
+
 def test_people_who_are_recognised_from_what_was_not_recovered(
     tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:

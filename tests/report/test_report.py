@@ -23,6 +23,7 @@ from privet.audit.verdict import judge
 from privet.images import ImageSet, compare_all
 from privet.learning import Learner
 from privet.report import strips, summarise, write_report
+from privet.report.report import render
 from privet.report.strips import worst_strips
 
 
@@ -140,6 +141,18 @@ def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path: Path) -> 
     for words in ("best-above-last", "small-test", "Random noise of the same size is the control", "2/0002"):
         assert (words in checker.text) is (words != "best-above-last")
     assert "<b>em</b>" not in page and "&lt;b&gt;em&lt;/b&gt;" in page
+
+
+def test_every_grade_can_be_seen_and_an_unknown_one_is_explained(tmp_path: Path) -> None:
+    report = summarise(audit())
+    for one, grade in zip(report["verdict"]["recoveries"], ("untested", "weakens"), strict=False):
+        one["grade"] = grade
+    page = render(report, pictures=b"", recovered=None)
+    for grade in {one["grade"] for one in report["verdict"]["recoveries"]}:
+        assert f".grade.{grade} {{ background: var(--" in page
+    assert "Untested: the clean" in page and "Untested: the clean" not in write_report(
+        audit(), tmp_path
+    ).read_text("utf-8")
 
 
 def test_a_share_of_less_than_an_accuracy_is_uncertain_by_is_not_given() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from privet.files import write_bytes
+from privet.learning.confidence import uncertainty
 from privet.report.federation_plots import accuracy_by_bytes, attendance, classes, laws
 from privet.report.pages import pages
 
@@ -31,6 +32,7 @@ def render_federation(report: dict[str, Any]) -> str:
     total = report["bytes"]["down"] + report["bytes"]["up"]
     return environment.get_template("federation.html").render(
         **report,
+        uncertainty=uncertainty(report["tested"]),
         total=total,
         times=report["bytes"]["whole_models"] / total if total else 0.0,
         refusals=[(one["round"], name, why) for one in rounds for name, why in one["refused"].items()],

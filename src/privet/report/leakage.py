@@ -184,6 +184,15 @@ def _doubts(
         for row in settings
         if row["judged"] and _recognised(row)
     ]
+    doubts += [
+        (
+            "baseline-counts",
+            f"The baseline {name}, which saw no update, counts as recovered for {one['recovered']} of "
+            f"{one['images']} images too: here success means little. Give --psnr and --ssim higher values.",
+        )
+        for name, one in baselines.items()
+        if one["recovered"]
+    ]
     if audit.accuracies and audit.accuracies[NONE] < LEARNED * audit.chance:
         doubts.append(
             (

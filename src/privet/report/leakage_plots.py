@@ -12,7 +12,16 @@ from privet.report.plots import STYLE, svg
 
 INK, RED, AMBER, GREY = "#1d2126", "#b3412f", "#a8700f", "#8a8f98"
 COLOURS = {"plain": INK, "aware": RED, "naive": AMBER}
-LINES = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))  # of defences, in turn
+LINES = (  # of defences, in turn
+    (),
+    (5, 2),
+    (1.5, 1.5),
+    (6, 2, 1.5, 2),
+    (12, 3),
+    (3, 1),
+    (12, 2, 1.5, 2, 1.5, 2),
+    (1, 4),
+)
 CLOSE = 0.18  # of the range: points nearer to each other would have their names overlap
 
 

@@ -77,6 +77,7 @@ def render_licence(report: dict[str, Any]) -> str:
             elsewhere=[row for row in rows if row["architecture"] != main],
             free=free,
             uncertainty=uncertainty(report["facts"]["test"]),
+            strongest=who(report["verdict"]["strongest"]),
             grade=GRADES[report["verdict"]["grade"]],
             bars=party_bars([row for row in rows if row["architecture"] == main], report),
         )
@@ -101,7 +102,7 @@ def party_bars(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
         )
         for value, dashes, _ in lines:
             axis.axvline(value, color="#333333", linewidth=0.9, linestyle=dashes)
-        axis.set_yticks(range(len(rows)), [row["who"] for row in rows])
+        axis.set_yticks(range(len(rows)), [row["words"] for row in rows])
         axis.invert_yaxis()
         axis.set_xlim(0, 100)
         axis.grid(axis="y", visible=False)

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 COLOURS = {"clean": "#2f6f4f", "random": "#8a8f98", "protected": "#b3412f"}
 NAMES = {"clean": "clean files", "random": "random noise", "protected": "protected files"}
+WIDEST = 9.0  # inches of bars beside each other
 STYLE: Any = {
     "svg.hashsalt": "privet",
     "svg.fonttype": "none",
@@ -32,21 +33,26 @@ STYLE: Any = {
 def accuracy_bars(grid: Sequence[dict[str, Any]], recoveries: Sequence[dict[str, str]], chance: float) -> str:
     """Draw last-epoch accuracy by recovery and data, one small panel for each architecture.
 
+    Panels stand beside each other where their names can still be read so, else below each other.
+
     Args:
         grid: rows of report.json.
         recoveries: name and words of each recovery, in order.
         chance: accuracy of always naming the commonest class.
     """
     architectures = list(dict.fromkeys(row["architecture"] for row in grid))
+    width = 0.85 * len(recoveries)
+    columns = len(architectures) if width * len(architectures) <= WIDEST else 1
+    lines = len(architectures) // columns
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1,
-            len(architectures),
-            figsize=(max(5.0, 0.85 * len(recoveries) * len(architectures) + 1.2), 3.2),
+            lines,
+            columns,
+            figsize=(max(5.0, width * columns + 1.2), 2.8 * lines + 0.4),
             sharey=True,
             squeeze=False,
         )
-        for axis, architecture in zip(axes[0], architectures, strict=True):
+        for axis, architecture in zip(axes.flat, architectures, strict=True):
             for offset, data in enumerate(NAMES):
                 rows = [
                     next(
@@ -73,10 +79,11 @@ def accuracy_bars(grid: Sequence[dict[str, Any]], recoveries: Sequence[dict[str,
             )
             axis.set_ylim(0, 100)
             axis.grid(axis="x", visible=False)
-        axes[0][0].set_ylabel("accuracy on clean images, %")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("accuracy on clean images, %")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.0))
-        figure.tight_layout(rect=(0, 0, 1, 0.92))
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.28 / figure.get_figheight()))
         return svg(figure)
 
 

@@ -20,6 +20,7 @@ from privet.federation.flower.plan import Plan
 from privet.leakage.client import Client, network_of
 from privet.learning import Runtime, load_update
 from privet.report import write_federation
+from privet.report.federation import render_federation
 from privet.seeds import generator
 
 Make = Callable[..., Path]
@@ -50,7 +51,10 @@ def test_it_learns_and_says_what_it_took(tmp_path: Path, runtime: Runtime) -> No
     assert moved["updates"] < moved["up"] and moved["whole_models"] == 2 * 48 * moved["model"]
     assert all(one["laws"].keys() == set(one["chosen"]) for one in report["rounds"])
     page = write_federation(report, tmp_path).read_text("utf-8")
-    assert page.count("<svg") == 4 and "None was left out" in page
+    assert page.count("<svg") == 4 and "None was left out" in page and "mean of the last 10" in page
+    assert f"on {report['tested']} test images: uncertain by up to ±" in page
+    few = {**report, "rounds": report["rounds"][:8]}
+    assert "mean of the last 8" in render_federation(few)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam"])

@@ -175,6 +175,7 @@ def _summary(
     asked = sum(len(one.chosen) for one in rounds)
     return {
         "accuracy": {"last": history[-1], "best": max(history), "last_10_mean": fmean(history[-10:])},
+        "tested": len(test),
         "chance": int(test.labels.bincount().max()) / len(test),
         "bytes": {
             "down": sum(one.down for one in rounds),
