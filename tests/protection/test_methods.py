@@ -210,12 +210,18 @@ class TestEvery:
         assert reports > 4
         assert tree(tmp_path / "parts") == expected
 
-    def test_images_of_one_pixel_and_one_class(self, method: Protection, runtime: Runtime) -> None:
+    def test_one_class_is_refused_where_noise_tells_classes_apart(
+        self, method: Protection, runtime: Runtime
+    ) -> None:
         images = ImageSet.from_arrays(torch.full((2, 3, 4, 4), 250, dtype=torch.uint8), torch.tensor([0, 0]))
-        if isinstance(method, EM | SEM | TAP | UGE):
-            with pytest.raises(InputError, match=f"{method.name} needs at least 2 classes"):
-                method.protect(images, job(runtime))
+        if isinstance(method, RandomNoise) or method.name == "ucl":
+            assert not torch.equal(images.pixels, method.protect(images, job(runtime)).pixels)
             return
+        with pytest.raises(InputError, match=f"{method.name} needs at least 2 classes"):
+            method.protect(images, job(runtime))
+
+    def test_images_of_one_colour(self, method: Protection, runtime: Runtime) -> None:
+        images = ImageSet.from_arrays(torch.full((4, 3, 4, 4), 250, dtype=torch.uint8), torch.arange(4) // 2)
         protected = method.protect(images, job(runtime))
         changes = compare_all(images.pixels, protected.pixels, ssim=False)
         assert not any(method.budget.excess(one, (4, 4), seen=(4, 4)) for one in changes)

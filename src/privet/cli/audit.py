@@ -66,7 +66,7 @@ def protection(
     recoveries
         What is tried against the protection, with commas between: none, jpeg-QUALITY, grayscale,
         bitdepth-BITS, blur-SIGMA, projection, coin, dvae, adversarial-RADIUS, ueraser, ueraser-lite, ueraser-max,
-        versions; purify, purify-gently, jcdp, avatar with --prior; or several joined by +.
+        versions, auto; purify, purify-gently, jcdp, avatar with --prior; or several joined by +.
         Default: none,jpeg-10,jpeg-50,jpeg-75,grayscale,versions,adversarial-4.
     architectures
         Networks of the learners, with commas between; simclr:NAME for one that learns without labels.
@@ -77,7 +77,7 @@ def protection(
     flip
         Whether views are mirrored; --no-flip for handwriting.
     prior
-        For the recoveries purify, jcdp and avatar: a folder of 'privet prior train', or a model of the hub.
+        For purify, purify-gently, jcdp and avatar, and a third of the versions: a folder of 'privet prior train', or a model of the hub.
     size
         Side in pixels at which networks see the images.
     seed

@@ -30,7 +30,7 @@ def protect(
     files: Files = FILES,
     machine: Machine = MACHINE,
 ) -> int:
-    """Add noise to images so that networks cannot usefully be trained on them.
+    """Add noise to images, from which plain training learns little.
 
     A killed run goes on when the same command is given again, and ends with the same bytes.
 
@@ -48,8 +48,8 @@ def protect(
         paper (the published settings; needs a GPU) or cpu (small and short).
         Default: paper where there is a GPU, else cpu.
     epsilon
-        Budget, in the norm of the method: for most, no channel of a pixel changes by more, in 1/255
-        (default 8).
+        Budget, in the norm of the method: for most, no channel of a pixel changes by more, in 1/255.
+        Default: 8; for lsp a length of 1.304, for ar of 1, for ops 1 pixel.
     set
         Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
     surrogate

@@ -33,6 +33,8 @@ class Protection(ABC):
     """
 
     name: ClassVar[str]
+    labelled: ClassVar[bool] = True
+    """Whether the noise hides what tells classes apart, of which there must then be two."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "cpu": {}}
 
     def __post_init__(self) -> None:
@@ -92,6 +94,11 @@ class Protection(ABC):
         """
         if len(images) == 0:
             raise InputError("There is no image to protect.")
+        if self.labelled and images.classes < 2:
+            raise InputError(
+                f"{self.name} needs at least 2 classes: with {list(images.class_names)} alone there is nothing to tell "
+                "apart. Sort the images into a folder for each class."
+            )
         if job.surrogate is not None and not hasattr(self, "surrogate"):
             raise UsageError(f"{self.name} needs no surrogate: leave it out.")
 

@@ -20,7 +20,7 @@ from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
-from privet.protection.minimise import Batch, Batches, Confine, minimise, pack, refuse_one_class, unpack
+from privet.protection.minimise import Batch, Batches, Confine, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -94,7 +94,6 @@ class EM(Bounded):
                 raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        refuse_one_class(images, self.name)
         batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job)
         steps = self.crossing(self.step_size)  # where there are no rounds whose descents add up
         if surrogate is not None and self.mode == "sample":

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from privet.errors import InputError
 from privet.images.augment import Augmentation
 from privet.images.image_set import ImageSet
 from privet.learning.attack import input_gradient
@@ -45,18 +44,6 @@ class Batches:
     def __getitem__(self, index: Tensor) -> Batch:
         pixels, labels, grey = (self.runtime.take(rows, index) for rows in self.held)
         return Batch(pixels.float() / 255, labels, grey)
-
-
-def refuse_one_class(images: ImageSet, name: str) -> None:
-    """Refuse images of one class: whoever knows no other is always right, and no noise lowers a loss of zero.
-
-    Raises:
-        InputError: as said.
-    """
-    if images.classes < 2:
-        raise InputError(
-            f"{name} needs at least 2 classes: with {list(images.class_names)} alone there is nothing to tell apart."
-        )
 
 
 def pack(noise: Tensor, epsilon: float) -> Tensor:

@@ -32,6 +32,7 @@ class RandomNoise(Protection):
     norm: str = "linf"
 
     name: ClassVar[str] = "random"
+    labelled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
-from privet.protection.minimise import Batch, Batches, minimise, pack, refuse_one_class, unpack
+from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -105,7 +105,6 @@ class SEM(Bounded):
             raise UsageError(f"Expected a radius of 0 to 255 (in 1/255), got {self.radius}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        refuse_one_class(images, self.name)
         batches = Batches(images, job.runtime)
         model, stored = load_surrogate(images, job), None
         if model is None:
@@ -192,6 +191,7 @@ class SEM(Bounded):
             whole = order[step % per_epoch * size :][:size]
             index = runtime.share(whole)
             batch, randomness = batches[index], job.random("step", step, runtime.rank)
+            runtime.agree(model)  # on what the noise is made for, as a resumed run does
             with frozen(model):
                 noise = self._noise(
                     model,

@@ -19,7 +19,7 @@ from privet.learning.job import Job
 from privet.learning.train import training_step
 from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
-from privet.protection.minimise import Batch, Batches, minimise, refuse_one_class
+from privet.protection.minimise import Batch, Batches, minimise
 from privet.protection.surrogate import load_surrogate, save_surrogate
 from privet.seeds import derive, generator
 
@@ -71,7 +71,6 @@ class TAP(Bounded):
                 raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        refuse_one_class(images, self.name)
         batches = Batches(images, job.runtime)
         model = load_surrogate(images, job) or self._train(images, batches, job)
 

@@ -40,6 +40,7 @@ class TUE(UCL):
     separation: float = 1.0
 
     name: ClassVar[str] = "tue"
+    labelled: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "cpu": {**UCL.presets["cpu"], "class_rounds": 0, "rounds": 20},

@@ -82,6 +82,7 @@ class UCL(Bounded):
     flip: bool = True
 
     name: ClassVar[str] = "ucl"
+    labelled: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         # For some thousands of small images.

@@ -21,7 +21,7 @@ from privet.protection.authorised import derangement, initial_weights
 from privet.protection.base import Bounded, Perturb
 from privet.protection.feature_space import train_space
 from privet.protection.keyed import Keyed
-from privet.protection.minimise import Batch, Batches, refuse_one_class
+from privet.protection.minimise import Batch, Batches
 from privet.protection.noise import Generated, Noise, Stored
 from privet.protection.objective import Objective
 from privet.protection.trajectory import Point, follow
@@ -175,7 +175,6 @@ class UGE(Keyed, Bounded):
         ]
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        refuse_one_class(images, self.name)
         batches = Batches(images, job.runtime)
         noise = self._optimise(images, batches, job)
 
