@@ -19,6 +19,7 @@ from privet.leakage import DLG, GRNN, IG, INVERSIONS, Analytic, Inversion, Recon
 from privet.leakage.lbfgs import LBFGS
 from privet.leakage.measure import psnr
 from privet.learning import Runtime, Treatment, Update
+from privet.models import create_model
 
 TABLE: dict[str, Inversion] = {
     "grnn": GRNN(steps=60, polish=20),
@@ -233,6 +234,22 @@ def test_updates_that_do_not_fit(runtime: Runtime) -> None:
     with pytest.raises(UsageError, match="do not fit lenet-strided-sigmoid-w5"):
         IG(steps=1).invert([wrong], runtime=runtime)
     assert IG(steps=1).invert([], runtime=runtime) == []
+
+
+def test_no_memory_is_taken_for_what_a_record_does_not_hold(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[nn.Module] = []
+
+    def make(*given: Any, **named: Any) -> nn.Module:
+        made.append(create_model(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr("privet.leakage.client.create_model", make)
+    wrong = replace(updates(1)[0], architecture="resnet8-w64")
+    with pytest.raises(UsageError, match="do not fit resnet8-w64"):
+        IG(steps=1).invert([wrong], runtime=runtime)
+    assert made and all(weight.is_meta for model in made for weight in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["grnn", "ig"])

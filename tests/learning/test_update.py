@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ def test_a_record_comes_back(tmp_path: Path, facts: dict[str, Any]) -> None:
             assert all(torch.equal(one[name], other[name]) for name in one)
         else:
             assert one == other, field.name
+
+
+def test_tensors_may_share_memory(tmp_path: Path) -> None:
+    one = update_of()
+    save_update(tmp_path / "record", replace(one, values=one.weights))
+    again = load_update(tmp_path / "record")
+    assert all(torch.equal(again.values[name], value) for name, value in one.weights.items())
+
+
+@pytest.mark.parametrize("note", [Path("photos"), torch.zeros(2), math.nan])
+def test_notes_that_are_no_json_are_refused(tmp_path: Path, note: Any) -> None:
+    with pytest.raises(InputError, match="Expected the notes of an update to be JSON values: "):
+        save_update(tmp_path / "record", update_of(notes={"from": note}))
+    assert not (tmp_path / "record").exists()
 
 
 def test_the_example_in_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +143,11 @@ def test_wrong_tensors_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=words):
             replace(update, values={**update.values, "fc.bias": value})
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64):
+        with pytest.raises(InputError, match=f"holds {dtype} in 'fc.bias'; expected floats of 16 to 64 bits"):
+            replace(update, weights={**update.weights, "fc.bias": bias.to(dtype)})
+    with pytest.raises(InputError, match="NaN or infinity in 'deep'"):
+        replace(update, weights={**update.weights, "deep": torch.full([1] * 70, torch.nan)})
     with pytest.raises(InputError, match="nothing was sent"):
         replace(update, values={})
     model = create_model("lenet-strided-sigmoid-w2", classes=3, size=(8, 8))

@@ -16,7 +16,7 @@ from tests.conftest import blobs
 
 from privet.errors import InputError, MissingExtraError
 from privet.learning import Job, Learner, Runtime
-from privet.models import create_model, family
+from privet.models import SavedModel, create_model, family, load_model, save_model
 from privet.protection import UGE
 from privet.protection.feature_space import train_space
 
@@ -29,17 +29,22 @@ SMALL: dict[str, Any] = {
 EYE: dict[str, Any] = {**SMALL, "image_size": 16, "patch_size": 8}
 
 
-def folder_of(kind: str, path: Path) -> Path:
-    """Write a small vision transformer, or a CLIP, whose preprocessing says what its channels' means are."""
+def folder_of(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a small encoder, whose preprocessing says what its channels' means are."""
     torch.manual_seed(0)
     if kind == "vit":
         model: Any = transformers.ViTModel(transformers.ViTConfig(**EYE))
+    elif kind == "dinov2":
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**EYE))
+    elif kind == "resnet":
+        few = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+        model = transformers.ResNetModel(transformers.ResNetConfig(**few))
     else:
         tongue = {**SMALL, "vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
         model = transformers.CLIPModel(
             transformers.CLIPConfig(text_config=tongue, vision_config=EYE, projection_dim=12)
         )
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     told = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
     (path / "preprocessor_config.json").write_text(json.dumps(told))
     return path
@@ -80,6 +85,36 @@ def test_its_features_are_the_library_s(kind: str, tmp_path: Path) -> None:
     model(larger).sum().backward()
     assert larger.grad is not None and bool(larger.grad.abs().sum() > 0)
     assert family(f"transformers:{folder}") == "transformers"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_16_bits_are_learned_in_32(dtype: torch.dtype, precision: str, tmp_path: Path) -> None:
+    folder = folder_of("vit", tmp_path, dtype)
+    model = create_model(f"transformers:{folder}", classes=3, size=(16, 16))
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    with Runtime(device=torch.device("cpu"), precision=precision).autocast():
+        assert bool(model(torch.rand(2, 3, 16, 16)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"), [("vit", False), ("resnet", False), ("dinov2", True), ("clip", True)]
+)
+def test_weights_without_a_gradient_are_frozen_and_kept(kind: str, some: bool, tmp_path: Path) -> None:
+    """Averaging gradients over several processes waits for every weight that is not frozen."""
+    folder = folder_of(kind, tmp_path / kind)
+    model = create_model(f"transformers:{folder}", classes=3, size=(16, 16)).train()
+    state = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    expected = transformers.AutoModel.from_pretrained(folder).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)  # running statistics too
+    model(torch.rand(2, 3, 16, 16)).sum().backward()
+    assert all((weight.grad is not None) == weight.requires_grad for weight in model.parameters())
+    assert any(not weight.requires_grad for weight in model.parameters()) == some
+    about = SavedModel(architecture=f"transformers:{folder}", class_names=("a", "b", "c"), size=(16, 16))
+    save_model(tmp_path / "m", model, about)
+    again = load_model(tmp_path / "m")[0]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_space_of_its_features_leaves_it_as_it_is(runtime: Runtime, tmp_path: Path) -> None:

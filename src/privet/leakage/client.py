@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -18,11 +19,32 @@ from privet.leakage.moments import telling, watch
 from privet.leakage.objective import Tensors
 from privet.learning.update import Update, short
 from privet.models import create_model
+from privet.models.projection import PREFIX
 
 
 def network_of(update: Update) -> nn.Module:
-    """Return the network that a record names, or raise UsageError if privet does not know it."""
-    return create_model(update.architecture, classes=update.classes, size=update.size)
+    """Return the network that a record names.
+
+    Raises:
+        UsageError: privet does not know it, or the record's weights do not fit it.
+    """
+    build = partial(create_model, update.architecture, classes=update.classes, size=update.size)
+    if ":" not in update.architecture.removeprefix(PREFIX):  # a short name can ask for any amount of memory
+        with torch.device("meta"):
+            _fit(update, build())
+    return build()
+
+
+def _fit(update: Update, network: nn.Module) -> None:
+    """Raise UsageError if a record's weights and values are not those of a network."""
+    expected = {short(name): tensor.shape for name, tensor in network.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in update.weights.items()}
+    if found != expected or not set(update.values) <= {short(name) for name, _ in network.named_parameters()}:
+        wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+        raise UsageError(
+            f"The record's weights do not fit {update.architecture}: {(wrong or ['a value'])[0]} is absent, "
+            "unknown or of another shape. Pass the network that the client trained."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,14 +93,7 @@ class Client:
                 part.eval()
         names = {short(name): name for name, _ in module.named_parameters()}
         state = {short(name): name for name, _ in module.named_buffers()}
-        expected = {short(name): tensor.shape for name, tensor in module.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in first.weights.items()}
-        if found != expected or not set(first.values) <= set(names):
-            wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-            raise UsageError(
-                f"The record's weights do not fit {first.architecture}: {(wrong or ['a value'])[0]} is absent, "
-                "unknown or of another shape. Pass the network that the client trained."
-            )
+        _fit(first, module)
         if first.mode == "train":
             replace_all_batch_norm_modules_(module)
         seen: Tensors = {}
@@ -89,7 +104,7 @@ class Client:
             return {
                 full: torch.stack([update.weights[name].to(device, dtype) for update in updates])
                 for name, full in wanted.items()
-                if name in found
+                if name in first.weights
             }
 
         return cls(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from privet.errors import InputError
+from privet.models.weights import DTYPES
 
 KINDS = ("gradient", "delta")
 MODES = ("train", "eval")
@@ -216,7 +217,12 @@ def _check_tensors(update: Update) -> None:
                 )
     for group in GROUPS:
         for name, tensor in getattr(update, group).items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.dtype not in DTYPES:
+                raise InputError(
+                    f"{group} holds {tensor.dtype} in {name!r}; expected floats of 16 to 64 bits, integers or bool."
+                )
+            # flattened, for torch does not iterate over more than 64 dimensions
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.flatten()).all()):
                 raise InputError(f"{group} holds NaN or infinity in {name!r}; such an update says nothing.")
     if unknown := [name for name in update.treatment.steps if name not in update.values]:
         raise InputError(f"treatment.steps has {unknown[0]!r}, which was not sent.")

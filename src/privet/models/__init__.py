@@ -76,7 +76,10 @@ def create_model(name: str, *, classes: int, size: tuple[int, int], seed: int = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith(PREFIX):
-            encoder = create_model(name.removeprefix(PREFIX), classes=classes, size=size, seed=seed)
+            name = name.removeprefix(PREFIX)
+            if name.startswith(PREFIX):
+                raise UsageError(f"Expected {PREFIX} once before a network's name, got it more often.")
+            encoder = create_model(name, classes=classes, size=size, seed=seed)
             return with_projection(encoder)
         if name.startswith("timm:"):
             return _timm(name.removeprefix("timm:"), classes=classes, size=size)
@@ -136,7 +139,7 @@ def _split(name: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"(.+?)(?:-w([1-9]\d{0,3}))?", name)
     if match is None or match.group(1) not in ARCHITECTURES:
         raise UsageError(
-            f"Unknown architecture {name!r}. Known: {', '.join(ARCHITECTURES)}; "
+            f"Unknown architecture {name!r:.80}. Known: {', '.join(ARCHITECTURES)}; "
             "add -wN for another width (resnet8-w32), or write timm:NAME for one of timm's, or transformers:FOLDER."
         )
     return match.group(1), int(match.group(2)) if match.group(2) else None

@@ -25,7 +25,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Dense blocks with transitions that halve both channels and resolution.
+    """Dense blocks with transitions that halve channels and, while the map is larger than 1, resolution.
 
     The 3x3 stem keeps the resolution and suits up to 64 px; the ImageNet stem divides it by 4.
     """
@@ -61,7 +61,9 @@ class DenseNet(nn.Module):
         for index, (block, norm) in enumerate(zip(self.blocks, self.norms, strict=True)):
             x = F.relu(norm(block(x)), inplace=True)
             if index < len(self.transitions):
-                x = F.avg_pool2d(self.transitions[index](x), 2)
+                x = self.transitions[index](x)
+                if min(x.shape[2:]) > 1:
+                    x = F.avg_pool2d(x, 2)
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 

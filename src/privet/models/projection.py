@@ -42,14 +42,22 @@ def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
     """Return what turns features into a network's output, a projection head or a linear layer, and where it is.
 
     Raises:
-        UsageError: the network has neither.
+        UsageError: the network has neither, or several side by side, as DeiT's distilled form has.
     """
-    layers = dict(model.named_modules())
+    layers = list(model.named_modules())
+    told = getattr(getattr(model, "network", None), "get_classifier", None)
+    if told is not None:  # timm's, whose last layer is not always registered last
+        end = told()
+        inside = list(end.modules()) if isinstance(end, nn.Module) else []
+        layers = [(path, layer) for path, layer in layers if layer in inside]
     for kind in (ProjectionHead, nn.Linear):
-        found = [(path, layer) for path, layer in layers.items() if isinstance(layer, kind)]
-        if found:
+        found = [(path, layer) for path, layer in layers if isinstance(layer, kind)]
+        if found and (told is None or len(found) == 1):
             return found[-1]
-    raise UsageError("Expected a network that ends in a linear layer, got one without any.")
+    raise UsageError(
+        "Expected a network that ends in a linear layer, got one without any at its end, or with several side by "
+        "side. Choose another architecture."
+    )
 
 
 @contextlib.contextmanager

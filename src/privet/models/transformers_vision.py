@@ -22,7 +22,8 @@ class TransformersVision(nn.Module):
     """A pretrained encoder and a fresh linear layer; takes pixels in [0, 1] of any size.
 
     Attributes:
-        encoder: a vision model, or one of images and texts, such as CLIP.
+        encoder: a vision model, or one of images and texts, such as CLIP; weights that its features do not
+            depend on are frozen.
         head: maps its features to logits.
         side: of the square that the encoder sees.
         mean: of the channels that it expects.
@@ -40,9 +41,16 @@ class TransformersVision(nn.Module):
         self.side = side
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        with torch.no_grad():
-            width = self.features(torch.zeros(1, 3, side, side)).shape[1]
-        self.head = nn.Linear(width, classes)
+        with torch.enable_grad():
+            found = self.features(torch.zeros(1, 3, side, side))
+        self.head = nn.Linear(found.shape[1], classes)
+        # Weights that features do not depend on (CLIP's text tower, a mask's token) never get a gradient, and
+        # averaging gradients over several processes would wait for them.
+        learned = [weight for weight in encoder.parameters() if weight.requires_grad]
+        for weight, slope in zip(
+            learned, torch.autograd.grad(found.sum(), learned, allow_unused=True), strict=True
+        ):
+            weight.requires_grad_(slope is not None)
 
     def features(self, x: Tensor) -> Tensor:
         """Map pixels in [0, 1], (batch, 3, height, width), to features, (batch, width)."""
@@ -73,19 +81,20 @@ def build(folder: Path, *, classes: int) -> TransformersVision:
         import transformers
     except ImportError as error:
         raise MissingExtraError(f"{PREFIX}{folder}", "transformers") from error
-    if not (folder / CONFIG).is_file() or not list(folder.glob(WEIGHTS)):
-        raise InputError(
-            f"{folder} holds no model of transformers: expected {CONFIG} and {WEIGHTS}, as save_pretrained writes them."
-        )
     transformers.utils.logging.disable_progress_bar()
     try:
+        if not (folder / CONFIG).is_file() or not list(folder.glob(WEIGHTS)):
+            raise InputError(
+                f"{folder} holds no model of transformers: expected {CONFIG} and {WEIGHTS}, as save_pretrained writes "
+                "them."
+            )
         encoder = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
         told = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
         config = getattr(encoder.config, "vision_config", encoder.config)
         return TransformersVision(
-            encoder,
+            encoder.float(),  # it may be stored in 16 bits
             classes=classes,
             side=int(getattr(config, "image_size", None) or USUAL_SIDE),
             mean=tuple(told.get("image_mean", (0.5, 0.5, 0.5))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from privet.errors import InputError
+from privet.errors import InputError, UsageError
 from privet.files import write_bytes
+from privet.models.projection import PREFIX
 
 # The one metadata key: with two, safetensors writes them in an order that changes from run to run.
 KEY = "privet-model-1"
+# What a tensor may consist of; torch computes with others (8-bit floats) only in part, or drops half of them (complex).
+DTYPES = frozenset(
+    {
+        *(torch.bool, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    }
+)
+LARGEST_SIDE = 1 << 14  # of the images of a network that is loaded, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +58,8 @@ def load_model(path: Path) -> tuple[nn.Module, SavedModel]:
     """Return the network of a file that `save_model` wrote, in evaluation mode, and what it is.
 
     Raises:
-        InputError: not such a file, truncated, or its tensors do not fit its architecture.
+        InputError: not such a file, truncated, its description is not of a network, or its tensors do not fit that.
+        MissingExtraError: as `create_model`.
     """
     from privet.models import create_model
 
@@ -65,12 +77,24 @@ def load_model(path: Path) -> tuple[nn.Module, SavedModel]:
             size=(int(about["size"][0]), int(about["size"][1])),
             notes=dict(about["notes"]),
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} has a broken description of its network: {error!r}.") from error
-    model = create_model(about.architecture, classes=len(about.class_names), size=about.size)
-    missing = load_tensors(model, tensors, path)
-    if missing:
-        raise InputError(f"{path} lacks {len(missing)} tensors of {about.architecture}: {missing[0]}, ...")
+    if not about.class_names or not all(1 <= side <= LARGEST_SIDE for side in about.size):
+        raise InputError(
+            f"{path} has a broken description of its network: expected at least 1 class and sides between 1 and "
+            f"{LARGEST_SIDE}, got {len(about.class_names)} and {about.size}."
+        )
+    build = partial(create_model, about.architecture, classes=len(about.class_names), size=about.size)
+    try:
+        # A name of a few letters can ask for any amount of memory, so the tensors must be there before it is taken.
+        # What timm and transformers build is not always possible without memory, but no name makes it wider.
+        if ":" not in about.architecture.removeprefix(PREFIX):
+            with torch.device("meta"):
+                _refuse(_unfitted(build(), tensors), about, path)
+        model = build()
+    except UsageError as error:
+        raise InputError(f"{path} describes a network that cannot be built: {error}") from error
+    _refuse(load_tensors(model, tensors, path), about, path)
     return model.eval(), about
 
 
@@ -101,19 +125,36 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("network."): value for name, value in model.state_dict().items()}
 
 
+def _unfitted(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of the network's tensors that are not among the others, or of another shape there."""
+    return [
+        name
+        for name, value in _state(model).items()
+        if name not in tensors or tensors[name].shape != value.shape
+    ]
+
+
+def _refuse(missing: list[str], about: SavedModel, path: Path) -> None:
+    if missing:
+        raise InputError(f"{path} lacks {len(missing)} tensors of {about.architecture}: {missing[0]}, ...")
+
+
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> list[str]:
     """Put the tensors that fit into `model`, and return the names of its own that none fitted.
 
     Raises:
-        InputError: NaN or infinity; the message names `path`.
+        InputError: NaN or infinity, or numbers of a kind that is none of `DTYPES`; the message names `path`.
     """
-    missing = []
+    missing = _unfitted(model, tensors)
     for name, value in _state(model).items():
-        given = tensors.get(name)
-        if given is None or given.shape != value.shape:
-            missing.append(name)
+        if name in missing:
             continue
+        given = tensors[name]
+        if given.dtype not in DTYPES:
+            raise InputError(
+                f"{path} holds {given.dtype} in {name}; expected floats of 16 to 64 bits, integers or bool. Convert it."
+            )
         if given.is_floating_point() and not torch.isfinite(given).all():
             raise InputError(f"{path} holds NaN or infinity in {name}; these weights are unusable.")
         value.copy_(given)
@@ -131,5 +172,5 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"There is no weights file {path}.") from error
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}.") from error
