@@ -269,20 +269,21 @@ class Generator(nn.Module):
         return self.layers(z[:, :, None, None])  # type: ignore[no-any-return]
 
 
-def plain_loop(updates: Sequence[Update], name: str, steps: int) -> list[Tensor]:
+def plain_loop(updates: Sequence[Update], name: str, steps: int, device: torch.device) -> list[Tensor]:
     """Do one attack after the other, with nothing but modules, autograd and an optimiser, and return the images."""
     found = []
     for update in updates:
         model = network_of(update)
         model.load_state_dict({key: update.weights[short(key)] for key in model.state_dict()})
-        parameters = list(model.parameters())
-        target = [update.values[short(key)] for key, _ in model.named_parameters()]
-        label = infer_labels(update, model)
+        label = infer_labels(update, model).to(device)
+        parameters = list(model.to(device).parameters())
+        target = [update.values[short(key)].to(device) for key, _ in model.named_parameters()]
         if name == "ig":
-            x = (0.5 + 0.25 * torch.randn(1, 3, *update.size)).requires_grad_()
+            x = (0.5 + 0.25 * torch.randn(1, 3, *update.size)).to(device).requires_grad_()
             optimizer: torch.optim.Optimizer = torch.optim.Adam([x], 0.025)
         else:
-            generator, z = Generator(32 if name == "grnn-faithful" else 16), torch.randn(1, 128)
+            generator = Generator(32 if name == "grnn-faithful" else 16).to(device)
+            z = torch.randn(1, 128).to(device)
             optimizer = torch.optim.RMSprop(generator.parameters(), 1e-4, momentum=0.99)
         for _ in range(steps):
             optimizer.zero_grad()
@@ -307,8 +308,6 @@ def plain_loop(updates: Sequence[Update], name: str, steps: int) -> list[Tensor]
 def run_speed(data: Path, device: str, count: int) -> None:
     """Time attacks side by side against one after the other, in turns, and write the result."""
     runtime = Runtime.find(device, "float32")
-    if runtime.device.type != "cpu":
-        torch.set_default_device(runtime.device)
     images = open_images(data / "cifar10" / "test.parquet", limit=count)
     attacks: dict[str, Inversion] = {
         "ig": IG(steps=20),
@@ -320,11 +319,11 @@ def run_speed(data: Path, device: str, count: int) -> None:
         updates = [victim.update for victim in victims_of(images, Row(target=target), range(count))]
         for name, inversion in attacks.items():
             replace(inversion, steps=2).invert(updates, runtime=runtime, together=count)  # warm up
-            plain_loop(updates[:1], name, 2)
+            plain_loop(updates[:1], name, 2, runtime.device)
             times = []
             for attack_all in (
                 partial(inversion.invert, updates, runtime=runtime, together=count),
-                partial(plain_loop, updates, name, 20),
+                partial(plain_loop, updates, name, 20, runtime.device),
             ):
                 started = seconds(runtime.device)
                 attack_all()
@@ -352,7 +351,9 @@ def run_quality(images: ImageSet, runtime: Runtime) -> dict[str, Any]:
     }
     attacks: dict[str, Callable[[], list[Tensor]]] = {
         "side_by_side": lambda: [one.images for one in QUICK.invert(updates, runtime=runtime)],
-        "one_after_the_other": lambda: plain_loop(updates, "grnn-faithful", GRNN.preset("faithful").steps),
+        "one_after_the_other": lambda: plain_loop(
+            updates, "grnn-faithful", GRNN.preset("faithful").steps, runtime.device
+        ),
     }
     for name, do in attacks.items():
         started = seconds(runtime.device)

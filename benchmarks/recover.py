@@ -7,8 +7,10 @@
     python benchmarks/recover.py --speed       ours against JCDP as released, in one run: minutes
 
 The prior learns from images that are neither protected nor tested. Every recovered set is written and read again
-before anything learns from it. The tables resume: every finished learner is one line of results/recover-NAME.jsonl,
-with the hardware, and a line is never measured twice; files are kept in --work. The data are Parquet in the hub's
+before anything learns from it. The tables resume: every finished learner is one line of recover-NAME.jsonl in
+--results, with the hardware, and a line is never measured twice; files and unfinished work are kept in --work. Where
+both outlive the machine, a table can be filled in as many calls as it takes, each killed when its time is over, and
+in parts (--only 'lsp/*/0'). The data are Parquet in the hub's
 layout, found by --data or in the folder that PRIVET_DATA names.
 """
 
@@ -21,6 +23,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +200,9 @@ class Cell:
     recovery: str
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.protection}/{self.recovery}/{self.seed}"
+
 
 def cells(table: Table) -> Iterator[Cell]:
     """Go through a table's cells, one seed after the other, so that a short run fills all of it."""
@@ -230,6 +237,7 @@ class Bench:
                 self.reference, self.table.training, self.prior, runtime=self.runtime, progress=Lines()
             )
 
+    @lru_cache(maxsize=1)  # noqa: B019 - for the next cell of the same files; there is one bench in a process
     def protected(self, protection: str) -> ImageSet:
         """Return protected files, made now if they are not there."""
         if protection == CLEAN:
@@ -238,6 +246,7 @@ class Bench:
         publish(self.clean, METHODS[protection].preset(self.table.preset), out, runtime=self.runtime)
         return self._read(out)
 
+    @lru_cache(maxsize=1)  # noqa: B019
     def recovered(self, protection: str, name: str) -> tuple[ImageSet, float | None, dict[str, Any]]:
         """Return recovered files, made now if they are not there, the seconds that it took, and its facts."""
         images, recovery = self.protected(protection), self.recovery(name)
@@ -287,51 +296,55 @@ class Bench:
 
 
 _bench: Bench
+_until: float
 
 
-def _start(name: str, data: Path, work: Path, device: str, compile: bool) -> None:
-    global _bench
+def _start(name: str, data: Path, work: Path, device: str, compile: bool, until: float) -> None:
+    global _bench, _until
     end_with_parent()
     torch.set_num_threads(1)
-    _bench = Bench(name, data, work, device, compile)
+    _bench, _until = Bench(name, data, work, device, compile), until
 
 
-def _protect(protection: str) -> str:
-    _bench.protected(protection)
-    return f"{protection}: files are there"
-
-
-def _work(cell: Cell) -> dict[str, Any]:
-    return _bench(cell)
+def _work(cell: Cell) -> dict[str, Any] | None:
+    """Return a cell's line, or None if the time is over."""
+    return _bench(cell) if time.time() < _until else None
 
 
 def run_table(
-    name: str, data: Path, work: Path, device: str, compile: bool, workers: int, seconds: float
+    name: str,
+    data: Path,
+    work: Path,
+    results: Path,
+    device: str,
+    compile: bool,
+    workers: int,
+    seconds: float,
+    only: str = "*",
 ) -> None:
-    """Fill a table as far as the time allows, and write it."""
-    table, path, until = TABLES[name], RESULTS / f"recover-{name}.jsonl", time.monotonic() + seconds
+    """Fill a table, or what `only` chooses of it, as far as the time allows, and write it after every cell."""
+    path, until = results / f"recover-{name}.jsonl", time.time() + seconds
+    results.mkdir(parents=True, exist_ok=True)
     done = {Cell(**line["cell"]) for line in read_lines(path)}
-    todo = [cell for cell in cells(table) if cell not in done]
+    todo = [cell for cell in cells(TABLES[name]) if cell not in done and fnmatch(str(cell), only)]
     print(f"{len(done)} cells are measured, {len(todo)} are left", flush=True)
-    if todo and seconds:
-        Bench(name, data, work, device, compile).train_prior()
+    write_bytes(results / f"recover-{name}.md", markdown(name, read_lines(path)).encode())
+    if not todo or not seconds:
+        return
+    Bench(name, data, work, device, compile).train_prior()
     with ProcessPoolExecutor(
         workers,
         mp_context=torch.multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(name, data, work, device, compile),
+        initargs=(name, data, work, device, compile, until),
     ) as pool:
-        for words in pool.map(_protect, dict.fromkeys(cell.protection for cell in todo)):
-            print(words, flush=True)
         # Row by row: no two cells of a row need the same files, so each is made once, by the cell that needs it first.
         for seed, recovery in dict.fromkeys((cell.seed, cell.recovery) for cell in todo):
             row = [cell for cell in todo if (cell.seed, cell.recovery) == (seed, recovery)]
             for line in pool.map(_work, row):
-                keep(path, line)
-            if time.monotonic() > until:
-                pool.shutdown(cancel_futures=True)
-                break
-    write_bytes(RESULTS / f"recover-{name}.md", markdown(name, read_lines(path)).encode())
+                if line is not None:
+                    keep(path, line)
+                    write_bytes(results / f"recover-{name}.md", markdown(name, read_lines(path)).encode())
 
 
 def keep(path: Path, line: dict[str, Any]) -> None:
@@ -370,7 +383,7 @@ def markdown(name: str, lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text) + "\n"
 
 
-def run_speed(data: Path, work: Path, device: str) -> None:
+def run_speed(data: Path, work: Path, results: Path, device: str) -> None:
     """Time ours against JCDP as released, on the same images with the same prior."""
     bench = Bench("small", data, work, device, compile=False)
     bench.train_prior()
@@ -393,7 +406,7 @@ def run_speed(data: Path, work: Path, device: str) -> None:
     for recovery in ours:
         ratio = found[recovery.name]["images/s"] / found["jcdp"]["images/s"]
         found[f"{recovery.name}: times as fast"] = round(ratio, 2)
-    write_json(RESULTS / "recover-speed.json", found)
+    write_json(results / "recover-speed.json", found)
 
 
 def main() -> None:
@@ -409,17 +422,31 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--workers", type=int, help="jobs at a time (default: the cores, or 1 on a GPU)")
-    parser.add_argument("--minutes", type=float, default=1e6, help="start no further recovery after so many")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no further learner after so many")
+    parser.add_argument(
+        "--only", default="*", help="cells of a table, as PROTECTION/RECOVERY/SEED with wildcards"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for what was measured")
     chosen = parser.parse_args()
     data = chosen.data or Path(os.environ.get("PRIVET_DATA", ""))
     if not (data / "cifar10" / "train.parquet").exists():
         sys.exit(f"There is no {data / 'cifar10'}; name its folder with --data, or set PRIVET_DATA.")
     gpu = chosen.device != "cpu" and torch.cuda.is_available()
     if chosen.kind == "speed":
-        run_speed(data, chosen.work, chosen.device)
+        run_speed(data, chosen.work, chosen.results, chosen.device)
         return
     workers = chosen.workers or (1 if gpu else os.cpu_count() or 1)
-    run_table(chosen.kind, data, chosen.work, chosen.device, chosen.compile, workers, 60 * chosen.minutes)
+    run_table(
+        chosen.kind,
+        data,
+        chosen.work,
+        chosen.results,
+        chosen.device,
+        chosen.compile,
+        workers,
+        60 * chosen.minutes,
+        chosen.only,
+    )
 
 
 if __name__ == "__main__":

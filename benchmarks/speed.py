@@ -146,7 +146,7 @@ def jobs(images: ImageSet, device: str) -> dict[str, dict[str, Any]]:
     published = {"surrogate": ARCHITECTURE, "train_steps": STEPS, "batch_size": BATCH}
     found: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
-    plain_job(images, SEM(**published))  # type: ignore[arg-type]
+    plain_job(images, SEM(**published), Runtime.find(device).device)  # type: ignore[arg-type]
     found["plain"] = {"seconds": time.perf_counter() - started}
     for name, precision, method in (
         ("exact", "float32", SEM(**published)),  # type: ignore[arg-type]
@@ -163,16 +163,16 @@ def jobs(images: ImageSet, device: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def plain_job(images: ImageSet, method: SEM) -> None:
+def plain_job(images: ImageSet, method: SEM, device: torch.device) -> None:
     """Do what `SEM.protect` does, plainly."""
-    model = create_model(method.surrogate, classes=images.classes, size=images.size, seed=0)
+    model = create_model(method.surrogate, classes=images.classes, size=images.size, seed=0).to(device)
     optimizer = torch.optim.SGD(model.parameters(), method.learning_rate, momentum=0.9, weight_decay=5e-4)
-    pixels = images.pixels.contiguous()
+    pixels, labels = images.pixels.contiguous().to(device), images.labels.to(device)
     with plainly():
         for step in range(method.train_steps):
             start = step * method.batch_size % len(images)
             part = slice(start, start + method.batch_size)
-            train_step(model, optimizer, pixels[part].float() / 255, images.labels[part], method)
+            train_step(model, optimizer, pixels[part].float() / 255, labels[part], method)
         for start in range(0, len(images), method.batch_size):
             part = slice(start, start + method.batch_size)
-            noise_of(model, pixels[part].float() / 255, images.labels[part], method)
+            noise_of(model, pixels[part].float() / 255, labels[part], method)
