@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from privet.images import open_images
-from privet.learning import Runtime
+from privet.learning import Job, Learner, Runtime, learn, study
+from privet.learning.checkpoint import save_state
+from privet.protection import SEM
 from privet.recovery import create_recovery, restore
 from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
@@ -85,15 +89,25 @@ def test_two_processes_protect_one_set(tmp_path: Path, make_folder: Make, method
     assert bool((change > 0).all()) and int(change.max()) <= 8
 
 
-def _agree(rank: int, folder: Path) -> None:
+@contextlib.contextmanager
+def joined(rank: int, folder: Path) -> Iterator[Runtime]:
+    """Make this process one of two for the block."""
+    torch.set_num_threads(1)
     where = (folder / "meeting").as_uri()
     torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
-    model = torch.nn.BatchNorm2d(3)
-    for buffer in model.buffers():
-        buffer.fill_(rank + 5)
-    Runtime(device=torch.device("cpu"), rank=rank, world=2).agree(model)
+    try:
+        yield Runtime(device=torch.device("cpu"), rank=rank, world=2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _agree(rank: int, folder: Path) -> None:
+    with joined(rank, folder) as shared:
+        model = torch.nn.BatchNorm2d(3)
+        for buffer in model.buffers():
+            buffer.fill_(rank + 5)
+        shared.agree(model)
     (folder / f"{rank}.json").write_text(json.dumps([buffer.tolist() for buffer in model.buffers()]))
-    torch.distributed.destroy_process_group()
 
 
 def test_processes_agree_on_the_first_ones_means(tmp_path: Path) -> None:
@@ -102,12 +116,64 @@ def test_processes_agree_on_the_first_ones_means(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[5.0] * 3, [5.0] * 3, 5]
 
 
+def _learn(rank: int, folder: Path) -> None:
+    with joined(rank, folder) as shared:
+        for name in ("resnet8-w4", "simclr:resnet8-w4"):
+            learner = Learner(architecture=name, epochs=3, batch_size=8, radius=8, attack_steps=2)
+            given: dict[str, Any] = {"train": blobs(24), "test": blobs(9), "learner": learner}
+            whole, parts = (folder / f"{name}-{state}" for state in ("whole", "parts"))
+            learn(**given, runtime=shared, checkpoint=whole)
+            with contextlib.suppress(KeyboardInterrupt):
+                learn(**given, runtime=shared, checkpoint=parts, progress=stop_after(5))
+            model = learn(**given, runtime=shared, checkpoint=parts).model
+            save_state(folder / f"{name}-{rank}", model.state_dict(), {})
+
+
+def test_two_processes_that_were_stopped_learn_the_same_network(tmp_path: Path) -> None:
+    """Batch norm's means included, of which each process has its own share's."""
+    torch.multiprocessing.spawn(_learn, (tmp_path,), nprocs=2)
+    for name in ("resnet8-w4", "simclr:resnet8-w4"):
+        for one, other in (("whole", "parts"), ("0", "1")):
+            assert (tmp_path / f"{name}-{one}").read_bytes() == (tmp_path / f"{name}-{other}").read_bytes()
+
+
+def _protect(rank: int, folder: Path) -> None:
+    method = SEM(surrogate="resnet8-w4", train_steps=6, batch_size=8, noise_steps=2, views=1, attack_steps=1)
+    with joined(rank, folder) as shared:
+        whole = method.protect(blobs(24), Job(runtime=shared))
+        job = Job(runtime=shared, workspace=folder, checkpoint_seconds=0)
+        with contextlib.suppress(KeyboardInterrupt):
+            method.protect(blobs(24), replace(job, progress=stop_after(4)))
+        assert method.protect(blobs(24), job).digest == whole.digest
+
+
+def test_two_processes_that_were_stopped_find_the_same_noise(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_protect, (tmp_path,), nprocs=2)
+
+
+def _repeat(rank: int, folder: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        assert stage not in ("learning", "recovering", "writing")
+
+    learner, images = Learner(architecture="cnn-w4", epochs=1, batch_size=8), folder / "images"
+    recovery = create_recovery("jpeg-10")
+    with joined(rank, folder) as shared:
+        first = study(images, images, learner, folder / "learner", runtime=shared)
+        again = study(images, images, learner, folder / "learner", runtime=shared, progress=stop)
+        assert again.history == first.history
+        restored = restore(blobs(24), recovery, folder / "restored", runtime=shared)
+        once_more = restore(blobs(24), recovery, folder / "restored", runtime=shared, progress=stop)
+        assert len(once_more.written.records) == len(restored.written.records)
+
+
+def test_two_processes_do_nothing_again_that_is_finished(tmp_path: Path, make_folder: Make) -> None:
+    make_folder(blobs(24), "images")
+    torch.multiprocessing.spawn(_repeat, (tmp_path,), nprocs=2)
+
+
 def _restore(rank: int, folder: Path, reports: int) -> None:
-    where = (folder / f"meeting-{reports}").as_uri()
-    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
     recovery = create_recovery("blur-1+jpeg-10")
-    shared = Runtime(device=torch.device("cpu"), rank=rank, world=2)
-    with contextlib.suppress(KeyboardInterrupt):
+    with joined(rank, folder) as shared, contextlib.suppress(KeyboardInterrupt):
         restore(
             blobs(300),
             recovery,
@@ -116,7 +182,6 @@ def _restore(rank: int, folder: Path, reports: int) -> None:
             checkpoint_seconds=0,
             progress=stop_after(reports),
         )
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("reports", [1, 3])

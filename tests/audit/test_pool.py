@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from privet.audit.pool import each
+from privet.learning import Runtime
 
 SCRIPT = """
 import os, sys, time
@@ -61,3 +65,12 @@ def runs(process: str) -> bool:
         return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+class Precision:
+    def __call__(self, cell: int) -> bool:
+        return bool(torch.backends.cudnn.allow_tf32 or not torch.backends.cudnn.deterministic)
+
+
+def test_other_processes_compute_as_exactly(runtime: Runtime) -> None:
+    assert list(each([1, 2], Precision, (), workers=2, threads=1)) == [False, False]

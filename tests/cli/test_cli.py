@@ -235,6 +235,30 @@ def test_after_a_typo_the_right_command_goes_through(tmp_path: Path, make_folder
         assert main([*command, *right]) == 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["audit", "{clean}", "{clean}", "--test", "{clean}"],
+        ["audit", "leakage", "{clean}", "--architecture", "lenet"],
+        ["invert", "{clean}", "--architecture", "lenet"],
+        ["federate", "{clean}", "--test", "{clean}"],
+    ],
+)
+def test_the_work_of_one_process_is_refused_to_several(
+    command: list[str],
+    tmp_path: Path,
+    make_folder: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clean, out = make_folder(blobs(12), "clean"), tmp_path / "out"
+    several = Runtime(device=torch.device("cpu"), world=2)
+    monkeypatch.setattr(Runtime, "find", lambda *_, **__: several)
+    assert main([*(part.format(clean=clean) for part in command), "--out", str(out)]) == 2
+    assert "is one process's work, but 2 were started" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
 def test_a_refusal_keeps_what_was_done(tmp_path: Path) -> None:
     claim(tmp_path / "out", {"a": 1})
     with pytest.raises(UsageError, match="too late"), released(tmp_path / "out"):

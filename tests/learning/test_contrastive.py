@@ -13,8 +13,8 @@ from tests.conftest import blobs
 
 from privet.errors import UsageError
 from privet.images import ImageSet
-from privet.learning import Learner, Runtime, accuracy, learn, study
-from privet.learning.contrastive import attacked, contrastive_loss, nt_xent
+from privet.learning import Learner, Runtime, accuracy, learn, make_optimizer, study
+from privet.learning.contrastive import attacked, contrastive_loss, nt_xent, usual
 from privet.learning.probe import PENALTY, features, probe
 from privet.models import create_model, family, load_model
 from privet.models.projection import ProjectionHead, last_layer, other_head
@@ -64,6 +64,29 @@ def test_a_learner_without_labels_learns(runtime: Runtime) -> None:
     assert learned.accuracy > 0.8
     assert learned.accuracy == accuracy(learned.model, test, runtime=runtime)
     assert learned.history[-1].train_accuracy > 0.8
+
+
+@pytest.mark.parametrize(
+    ("architecture", "optimiser", "batch", "expected"),
+    [
+        ("simclr:vit-w32", None, 64, (torch.optim.AdamW, 0.001, 0.05)),
+        ("simclr:vit-w32", "adamw", 64, (torch.optim.AdamW, 0.001, 0.05)),
+        ("simclr:vit-w32", "sgd", 256, (torch.optim.SGD, 0.25, 0.0001)),
+        ("simclr:cnn-w4", None, 256, (torch.optim.SGD, 0.25, 0.0001)),
+        ("simclr:cnn-w4", "sgd", 1024, (torch.optim.SGD, 0.5, 0.0001)),
+    ],
+)
+def test_what_a_learner_without_labels_learns_with(
+    architecture: str, optimiser: str | None, batch: int, expected: tuple[type, float, float]
+) -> None:
+    learner = usual(Learner(architecture=architecture, optimiser=optimiser, batch_size=batch), 2000)
+    optimizer, rate = make_optimizer(create_model(architecture, classes=2, size=(8, 8)), learner)
+    assert (type(optimizer), rate, optimizer.defaults["weight_decay"]) == expected
+
+
+def test_a_convolutional_network_without_labels_learns_with_sgd_alone() -> None:
+    with pytest.raises(UsageError, match="simclr:cnn-w4 learns without labels, with SGD alone"):
+        Learner(architecture="simclr:cnn-w4", optimiser="adamw")
 
 
 def test_labels_do_not_reach_the_encoder(runtime: Runtime) -> None:

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from tests.conftest import blobs
+from accelerate import PartialState
+from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
 
 from privet.errors import InputError, OutputError, UsageError
-from privet.learning import Learner, Runtime, accuracy, learn, schedule, study
+from privet.learning import Learned, Learner, Runtime, accuracy, learn, schedule, study
 from privet.learning.runtime import multiplies_bf16
 from privet.models import create_model, load_model
 
@@ -107,6 +110,57 @@ def test_killed_after_any_epoch_it_resumes_to_the_same_weights(
     assert steps < 3 * 3 + 5  # it did not start again
 
 
+@pytest.mark.parametrize("architecture", ["cnn-w4", "simclr:cnn-w4"])
+def test_a_network_that_draws_for_itself_resumes_to_the_same_weights(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    def dropping(*given: Any, **how: Any) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Dropout(0.2), create_model(*given, **how))
+
+    monkeypatch.setattr("privet.learning.train.create_model", dropping)
+    train, test, learner = blobs(24), blobs(9), replace(TINY, architecture=architecture)
+    whole, other = (learn(train, test, learner, runtime=runtime, seed=seed) for seed in (0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        learn(train, test, learner, runtime=runtime, checkpoint=tmp_path / "c", progress=stop_after(5))
+    resumed = learn(train, test, learner, runtime=runtime, checkpoint=tmp_path / "c")
+    assert same(resumed, whole)
+    assert resumed.history == whole.history
+    assert not same(other, whole)
+
+
+def test_draws_for_a_block_follow_from_its_seed_and_disturb_no_others(runtime: Runtime) -> None:
+    before = torch.get_rng_state()
+    draws = []
+    for seed in (1, 1, 2):
+        with runtime.drawing(seed):
+            draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "another seed came"),
+        ({"learner": replace(TINY, architecture="cnn-w8", radius=2.0)}, "another architecture, radius came"),
+        ({"learner": replace(TINY, architecture="simclr:cnn-w4")}, "another architecture, "),
+        ({"train": blobs(24, seed=1)}, "another train came"),
+        ({"test": blobs(9, seed=1)}, "another test came"),
+        ({"answers": torch.zeros(24, 3)}, "another answers came"),
+    ],
+)
+def test_another_training_s_checkpoint_is_refused(
+    runtime: Runtime, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    given: dict[str, Any] = {"train": blobs(24), "test": blobs(9), "learner": TINY}
+    given |= {"runtime": runtime, "checkpoint": tmp_path / "c"}
+    with pytest.raises(KeyboardInterrupt):
+        learn(**given, progress=stop_after(5))
+    with pytest.raises(OutputError, match=rf"/c holds how far a training with {words}.* delete the file"):
+        learn(**{**given, **change})
+    assert len(learn(**given).history) == 3
+
+
 def test_fewer_images_than_a_batch(runtime: Runtime) -> None:
     learned = learn(blobs(5), blobs(3), replace(TINY, batch_size=128), runtime=runtime)
     assert len(learned.history) == 3
@@ -153,12 +207,51 @@ def test_impossible_learners_are_refused() -> None:
         Learner(draws=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "adamw"),
+    [
+        ("vit-w32", True),
+        ("simclr:vit", True),
+        ("timm:vit_tiny_patch16_224", True),
+        ("timm:deit_tiny_patch16_224", True),
+        ("timm:swinv2_tiny_window8_256", True),
+        ("transformers:/networks/dino", True),
+        ("resnet18-imagenet", False),
+        ("timm:convnext_tiny", False),
+    ],
+)
+def test_transformers_train_with_adamw(name: str, adamw: bool) -> None:
+    assert Learner(architecture=name).adamw is adamw
+    assert Learner(architecture=name, optimiser="sgd").adamw is False
+
+
+def test_a_record_names_no_place(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for prefix in ("", "simclr:"):
+        learner = Learner(architecture=f"{prefix}transformers:{tmp_path}")
+        name = learner.record()["architecture"]
+        assert re.fullmatch(rf"{prefix}transformers:[0-9a-f]{{64}}", name)
+    with pytest.raises(InputError, match="There is no weights file"):
+        replace(TINY, weights=tmp_path / "absent").record()
+
+
 def test_places_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UsageError, match="Unknown device 'tpu'; expected auto, cpu or cuda"):
         Runtime.find("tpu")
     with pytest.raises(UsageError, match="Unknown precision 'int8'; expected one of auto, bf16, float32"):
         Runtime.find("cpu", "int8")
     assert Runtime.find("cpu", "float32") == Runtime(device=torch.device("cpu"), precision="float32")
+
+
+def test_a_process_may_ask_for_another_device_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    Runtime.find("cpu", "float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cuda", "cpu", "cuda"):
+        assert Runtime.find(device, "float32").device.type == device
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    assert Runtime.find("cpu", "float32").world == 2
+    with pytest.raises(UsageError, match="2 processes began on cpu. Ask for one device throughout"):
+        Runtime.find("cuda", "float32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -184,6 +277,29 @@ def test_a_study_writes_weights_and_record(runtime: Runtime, tmp_path: Path, mak
     assert tree(tmp_path / "out") == before
     with pytest.raises(OutputError, match="holds a finished run with another seed"):
         study(train, test, TINY, tmp_path / "out", runtime=runtime, seed=1)
+
+
+def test_a_study_of_a_pretrained_network_keeps_its_folder_out_of_the_record(
+    runtime: Runtime, tmp_path: Path, make_folder: Make
+) -> None:
+    from tests.models.test_transformers_vision import folder_of
+
+    folder, images = folder_of("vit", tmp_path / "vit"), make_folder(blobs(12, size=(16, 16)))
+    learner = replace(TINY, architecture=f"transformers:{folder}", epochs=1)
+    learned = study(images, images, learner, tmp_path / "out", runtime=runtime)
+    assert str(folder) not in (tmp_path / "out/run.json").read_text()
+    model, about = load_model(tmp_path / "out/learner.safetensors")
+    assert str(folder) not in json.dumps(about.notes)
+    assert same(Learned(model=model, history=()), learned)
+
+
+def test_a_learner_that_diverged_is_refused(runtime: Runtime, tmp_path: Path, make_folder: Make) -> None:
+    folder, learner = make_folder(blobs(24)), replace(TINY, learning_rate=1e30)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"cnn-w4 has diverged: .* learning rate below 1e\+30"):
+            study(folder, folder, learner, tmp_path / "out", runtime=runtime)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".privet"]
+    assert len(learn(blobs(24), blobs(9), learner, runtime=runtime).history) == 3  # one of an audit's many
 
 
 def test_fine_tuning_starts_from_given_weights(runtime: Runtime, tmp_path: Path, make_folder: Make) -> None:

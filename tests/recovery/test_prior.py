@@ -34,6 +34,7 @@ from privet.recovery import (
 from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit, walk_back
 from privet.recovery.perceptual import features, perceptual_gradient
 from privet.recovery.prior import Prior, fingerprints
+from privet.recovery.prior_training import SCALES
 
 pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
 
@@ -121,7 +122,12 @@ def test_training_lowers_the_loss(runtime: Runtime, tmp_path: Path) -> None:
     assert losses[1] < 0.9 * losses[0]
 
 
-def test_a_killed_training_ends_with_the_same_bytes(runtime: Runtime, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_killed_training_ends_with_the_same_bytes(
+    dropout: float, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALES, "tiny", SCALES["tiny"] | {"dropout": dropout})
+    torch.manual_seed(len(str(tmp_path)))  # whatever was drawn before
     train_prior(blobs(16), TRAINING, tmp_path / "whole", runtime=runtime, checkpoint_seconds=0)
     for reports in (2, 5):
         with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from privet.learning.runtime import end_with_parent, use_threads
+from privet.learning.runtime import end_with_parent, steady, use_threads
 
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
@@ -56,6 +56,7 @@ def _start(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]
     global _work
     end_with_parent()
     torch.set_num_threads(threads)
+    steady()
     _work = make(*arguments)
 
 

@@ -77,7 +77,8 @@ def protection(
     flip
         Whether views are mirrored; --no-flip for handwriting.
     prior
-        For purify, purify-gently, jcdp and avatar, and a third of the versions: a folder of 'privet prior train', or a model of the hub.
+        For purify, purify-gently, jcdp and avatar, and a third of the versions: a folder of 'privet prior train',
+        or a model of the hub.
     size
         Side in pixels at which networks see the images.
     seed
@@ -92,6 +93,7 @@ def protection(
     from privet.report import write_report
 
     here = machine.find()
+    here.alone("privet audit")
     on_gpu = here.device.type == "cuda"
     chosen = plan(
         preset or ("paper" if on_gpu else "cpu"),

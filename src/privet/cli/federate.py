@@ -118,6 +118,7 @@ def federate(
     given: dict[str, Any] = locals()
     plan = Plan(**{field.name: given[field.name] for field in fields(Plan)})
     here = machine.find()
+    here.alone("privet federate")
     with progress(here.rank) as listener:
         images = open_images(train, size=size, split=split, limit=limit, progress=listener)
         others = align(

@@ -76,6 +76,7 @@ def invert(
     from privet.learning import Runtime
 
     here = Runtime.find(device, "float32")
+    here.alone("privet invert")
     inversion = create_inversion(method, preset, budget, set or [])
     with progress() as listener:
         if (Path(source) / "update.json").exists():

@@ -91,6 +91,7 @@ def leakage(
     if fail_above is not None:
         _announce(fail_above, victims)
     here = Runtime.find(device, "float32")
+    here.alone("privet audit leakage")
     plan = LeakagePlan(
         inversions=_inversions(split(methods), budget, set or []),
         defences=split(defences),

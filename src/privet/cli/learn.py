@@ -58,7 +58,7 @@ def learn(
     batch_size
         Images a step.
     learning_rate
-        Highest rate (default: SGD 0.1, without labels 0.5 for batches of 512; AdamW for a ViT 0.001).
+        Highest rate (default: SGD 0.1, without labels 0.5 for batches of at least 512; AdamW for transformers 0.001).
     weight_decay
         Default: SGD 0.0005, without labels 0.0001; AdamW 0.05.
     schedule

@@ -80,6 +80,7 @@ def licence(
 
     opened = read_licence(licence, read_passphrase(passphrase_file, "Passphrase of the licence"))
     learner, here = opened.learner(), machine.find()
+    here.alone("privet audit licence")
     plan = LicencePlan(
         architectures=(learner.architecture, *split(architectures)),
         seeds=tuple(range(seeds)),

@@ -369,7 +369,7 @@ def _reduced(image: Image.Image) -> bool:
     """Say whether loading an opened image drops bits: Pillow keeps more than 8 of one channel alone."""
     if image.mode.startswith("I"):
         return False
-    for tile in image.tile:
+    for tile in getattr(image, "tile", ()):
         arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         if any(isinstance(one, str) and ";16" in one for one in arguments):
             return True

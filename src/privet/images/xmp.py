@@ -52,7 +52,7 @@ def without(packet: bytes, unwanted: Callable[[str], bool]) -> bytes | None:
                 if unwanted(name):
                     element.removeAttribute(name)
                     found = True
-            if unwanted(element.tagName):
+            if unwanted(element.tagName) and element.parentNode is not None:
                 element.parentNode.removeChild(element)
                 found = True
         if not found:

@@ -36,19 +36,45 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    origin: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Restore what `save_checkpoint` wrote; return its further tensors and record, or None if absent."""
+    """Restore what `save_checkpoint` wrote; return its further tensors and record, or None if absent.
+
+    Args:
+        path: the file.
+        model: gets the weights.
+        optimizer: gets its state.
+        origin: what the record's entry "origin" must say, where nothing but the file tells whose it is.
+
+    Raises:
+        OutputError: the file is damaged, or of another origin.
+    """
     found = load_state(path)
     if found is None:
         return None
     state, record = found
+    earlier = record.get("origin", {})
+    if other := sorted(key for key, value in (origin or {}).items() if earlier.get(key) != value):
+        raise OutputError(
+            f"{path} holds how far a training with another {', '.join(other)} came. Repeat that one's arguments, "
+            "delete the file, or name another."
+        )
     model.load_state_dict(part(state, "model/"))
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in part(state, "optimizer/").items():
         index, slot = name.split("/", 1)
         slots.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    # Files hold rows one after the other. Weights may lie channels last, and an optimiser steps through all at once
+    # only where its own tensors lie as they do.
+    for weight, slot in optimizer.state.items():
+        for name, value in slot.items():
+            if value.shape == weight.shape:
+                slot[name] = torch.empty_like(weight).copy_(value)
     return part(state, "extra/"), record
 
 
@@ -71,9 +97,14 @@ def load_state(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | 
             record = json.loads(file.metadata()["record"])
             return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(
-            f"{path}, which holds how far this came, is damaged: {error}. Delete it to do that part again."
-        ) from error
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: object) -> OutputError:
+    """Return the error of a file of unfinished work that cannot be gone on from."""
+    return OutputError(
+        f"{path}, which holds how far this came, is damaged: {error}. Delete it to do that part again."
+    )
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from privet.files import write_json
 from privet.images.image_set import ImageSet
+from privet.learning.checkpoint import damaged
 from privet.learning.job import Job
 
 # Images that are changed together. Fixed, so that results never depend on how work is split.
@@ -31,10 +35,12 @@ def change_in_chunks(images: ImageSet, job: Job, prepare: Callable[[], Change], 
         job: where and how.
         prepare: does what has to be done once, if anything is left to do, and returns the change.
         purpose: names the random numbers and the stage, as in "perturb" and "perturbing".
+
+    Raises:
+        OutputError: what an earlier call kept in the workspace is damaged.
     """
     runtime = job.runtime
-    done = _done(job) if runtime.rank == 0 else 0
-    done = int(runtime.sum(torch.tensor(done, device=runtime.device)))
+    done = runtime.told(_done(images, job) if runtime.rank == 0 else 0)
     starts = range(0, len(images), CHUNK)
     change = prepare() if done < len(starts) else None
     pixels = _output(images, job, done) if runtime.rank == 0 else torch.empty_like(images.pixels)
@@ -65,14 +71,37 @@ def change_in_chunks(images: ImageSet, job: Job, prepare: Callable[[], Change], 
     return pixels
 
 
-def _done(job: Job) -> int:
+def _done(images: ImageSet, job: Job) -> int:
     """Return how many chunks an earlier call has done, and take over what it found out."""
     record, path = job.file("changed.json"), job.file("changed.npy")
     if record is None or path is None or not (record.exists() and path.exists()):
         return 0
-    earlier = json.loads(record.read_text())
-    job.facts.update(earlier["facts"])
-    return int(earlier["chunks"])
+    most = math.ceil(len(images) / CHUNK)
+    try:
+        earlier = json.loads(record.read_bytes())
+        done, facts = earlier["chunks"], earlier["facts"]
+        if type(done) is not int or not 0 <= done <= most or not isinstance(facts, dict):
+            raise ValueError(f"expected up to {most} chunks, and facts, got {done!r} and {facts!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(record, error) from error
+    if not _whole(path, _shape(images)):
+        raise damaged(path, f"expected an array of bytes {_shape(images)}")
+    job.facts.update(facts)
+    return done
+
+
+def _shape(images: ImageSet) -> tuple[int, ...]:
+    count, channels, height, width = images.pixels.shape
+    return count, height, width, channels
+
+
+def _whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Say whether a file has the first bytes and the length that `_output` gave it."""
+    head = io.BytesIO()  # compared, as numpy reads damaged ones with errors of many kinds
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with path.open("rb") as file:
+        begins = file.read(head.tell()) == head.getvalue()
+    return begins and path.stat().st_size == head.tell() + math.prod(shape)
 
 
 def _output(images: ImageSet, job: Job, done: int) -> Tensor:
@@ -80,11 +109,10 @@ def _output(images: ImageSet, job: Job, done: int) -> Tensor:
     path = job.file("changed.npy")
     if path is None:
         return torch.empty_like(images.pixels)
-    count, channels, height, width = images.pixels.shape
-    shape = (count, height, width, channels)
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = "r+" if done else "w+"
-    array = np.lib.format.open_memmap(path, mode=mode, dtype=np.uint8, shape=None if done else shape)
+    shape = None if done else _shape(images)
+    array = np.lib.format.open_memmap(path, mode=mode, dtype=np.uint8, shape=shape)
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 

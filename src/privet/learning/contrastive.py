@@ -23,11 +23,10 @@ from privet.images.image_set import ImageSet
 from privet.learning.attack import ascend, frozen
 from privet.learning.probe import probe, with_probe
 from privet.learning.runtime import Runtime
-from privet.learning.train import Epoch, Learned, Learner, accuracy, begin, keep, schedule
-from privet.models import family
+from privet.learning.train import Epoch, Learned, Learner, accuracy, begin, keep, origin_of, schedule
 from privet.models.projection import other_head
 from privet.progress import Progress, silent
-from privet.seeds import generator
+from privet.seeds import derive, generator
 
 TEMPERATURE = 0.5
 
@@ -110,7 +109,10 @@ def learn_contrastive(
     processes each compares the views of its own share of a batch.
     """
     learner = usual(learner, len(train))
-    model, optimizer, rate, history = begin(train, learner, runtime=runtime, seed=seed, checkpoint=checkpoint)
+    origin = origin_of(train, test, learner, seed) if checkpoint is not None else {}
+    model, optimizer, rate, history = begin(
+        train, learner, runtime=runtime, seed=seed, checkpoint=checkpoint, origin=origin
+    )
     trained = runtime.distribute(model)
     layer: nn.Linear | None = None
 
@@ -122,36 +124,38 @@ def learn_contrastive(
         order = order.to(runtime.device)
         randomness = generator(seed, "views", epoch, runtime.rank, device=runtime.device)
         total = torch.zeros((), device=runtime.device)
-        for step in range(steps):
-            index = runtime.share(order[step * batch : (step + 1) * batch])
-            x = runtime.take(pixels, index).float() / 255
-            views = augmentation.draw(2 * len(index), train.size, randomness).apply(x)
-            views = attacked(model, views, learner, randomness, runtime)
-            fraction = (epoch * steps + step) / (learner.epochs * steps)
-            total += contrastive_step(
-                trained,
-                optimizer,
-                views,
-                rate=rate * schedule(learner.schedule, fraction),
-                runtime=runtime,
-            )
-            progress("learning", (epoch * steps + step + 1) * batch, learner.epochs * steps * batch)
+        with runtime.drawing(derive(seed, "network", epoch, runtime.rank)):
+            for step in range(steps):
+                index = runtime.share(order[step * batch : (step + 1) * batch])
+                x = runtime.take(pixels, index).float() / 255
+                views = augmentation.draw(2 * len(index), train.size, randomness).apply(x)
+                views = attacked(model, views, learner, randomness, runtime)
+                fraction = (epoch * steps + step) / (learner.epochs * steps)
+                total += contrastive_step(
+                    trained,
+                    optimizer,
+                    views,
+                    rate=rate * schedule(learner.schedule, fraction),
+                    runtime=runtime,
+                )
+                progress("learning", (epoch * steps + step + 1) * batch, learner.epochs * steps * batch)
+        runtime.agree(model)
         loss = float(runtime.sum(total)) / steps / runtime.world
         layer, own = probe(model, train, runtime=runtime)
         with other_head(model, layer):
             clean = accuracy(model, test, runtime=runtime)
         loss = loss if math.isfinite(loss) else 1e30
         history.append(Epoch(epoch=epoch + 1, loss=loss, train_accuracy=own, accuracy=clean))
-        keep(checkpoint, model, optimizer, history, runtime=runtime)
+        keep(checkpoint, model, optimizer, history, origin=origin, runtime=runtime)
     if layer is None:  # every epoch was over before
         layer, _ = probe(model, train, runtime=runtime)
     return Learned(model=with_probe(model, layer).eval(), history=tuple(history))
 
 
 def usual(learner: Learner, images: int) -> Learner:
-    """Return a learner with SimCLR's rate and weight decay where it names none, and a batch of no more images."""
+    """Return a learner with SimCLR's rate and decay for SGD where it names none, and a batch of no more images."""
     batch = min(learner.batch_size, images)
-    if family(learner.architecture) == "vit":
+    if learner.adamw:
         return replace(learner, batch_size=batch)
     return replace(
         learner,

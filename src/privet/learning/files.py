@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from privet.errors import InputError
+from privet.errors import UsageError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json, released
 from privet.images import ImageSet, align, open_images
 from privet.learning.runtime import Runtime, describe_device
@@ -39,6 +40,9 @@ def study(
 ) -> Learned:
     """Train a learner on files and write learner.safetensors and run.json into `out`.
 
+    A pretrained network (`transformers:FOLDER`) is recorded in run.json by its hash. learner.safetensors names its
+    folder as it was given: it can only be loaded where that folder lies.
+
     Args:
         train: anything `open_images` takes.
         test: likewise; clean images of the same classes.
@@ -55,6 +59,7 @@ def study(
         progress: told about images.
 
     Raises:
+        UsageError: the training has diverged.
         PrivetError: as `open_images`, `learn` and `claim`.
     """
     images = open_images(train, size=size, split=split, limit=limit, progress=progress)
@@ -65,9 +70,6 @@ def study(
         images = transform(images)
     if present is not None:
         clean = present(clean)
-    weights = learner.weights
-    if weights is not None and not weights.is_file():
-        raise InputError(f"There is no weights file {weights}.")
     run: dict[str, Any] = {
         "privet": VERSION,
         "learner": learner.record(),
@@ -79,9 +81,8 @@ def study(
         "device": describe_device(runtime.device, torch.get_num_threads(), runtime.world),
         "torch": torch.__version__,
     }
-    finished = runtime.rank == 0 and claim(out, run)
-    runtime.wait()
-    if finished and (out / WEIGHTS).exists() and runtime.world == 1:
+    finished = runtime.rank == 0 and claim(out, run) and (out / WEIGHTS).exists()
+    if runtime.told(finished):
         model, _ = load_model(out / WEIGHTS)
         history = read_json(out / RUN)["facts"]["history"]
         return Learned(model=model, history=tuple(Epoch(**epoch) for epoch in history))
@@ -94,6 +95,12 @@ def study(
             seed=seed,
             checkpoint=out / WORKSPACE / "checkpoint.safetensors",
             progress=progress,
+        )
+    if (name := _not_finite(learned.model)) is not None:
+        rate = "the usual one" if learner.learning_rate is None else f"{learner.learning_rate:g}"
+        raise UsageError(
+            f"{learner.architecture} has diverged: {name} holds NaN or infinity, so that nothing was written. Delete "
+            f"{out}, and repeat this with a learning rate below {rate}."
         )
     if runtime.rank == 0:
         about = SavedModel(
@@ -109,3 +116,9 @@ def study(
         }
         finish(out, run, facts)
     return learned
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """Return the name of a tensor of a network that cannot be used, if there is one."""
+    tensors = model.state_dict().items()
+    return next((name for name, value in tensors if not bool(torch.isfinite(value).all())), None)

@@ -92,9 +92,9 @@ def publish_changed(
         "device": describe_device(runtime.device, torch.get_num_threads(), runtime.world),
         "versions": versions(),
     }
-    if runtime.rank == 0 and claim(out, run) and (written := _intact(out)) and runtime.world == 1:
-        return Publication(out=out, written=written, run=read_json(out / RUN))
-    runtime.wait()
+    written = _intact(out) if runtime.rank == 0 and claim(out, run) else None
+    if runtime.told(written is not None):
+        return Publication(out=out, written=written or Written(records=()), run=read_json(out / RUN))
     job.workspace = out / WORKSPACE
     with released(out):
         changed = change()

@@ -46,7 +46,8 @@ class Runtime:
             compile: whether networks go through torch.compile.
 
         Raises:
-            UsageError: an unknown device or precision, or no GPU where one was asked for.
+            UsageError: an unknown device or precision, no GPU where one was asked for, or several processes that
+                began on another device.
         """
         from accelerate import PartialState
 
@@ -59,10 +60,15 @@ class Runtime:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         state = PartialState(cpu=device == "cpu")
-        # The same run must give the same bytes; cuDNN's fastest kernels add in no fixed order.
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-        place = state.device if device == "cuda" else torch.device("cpu")
+        steady()
+        place = torch.device(device)
+        if state.device.type == device:
+            place = state.device  # with the number of this process's GPU
+        elif state.num_processes > 1:  # what they send goes by way of the device that they began on
+            raise UsageError(
+                f"Asked for the device {device}, but this job's {state.num_processes} processes began on "
+                f"{state.device.type}. Ask for one device throughout."
+            )
         if precision == "auto":
             precision = "bf16" if multiplies_bf16(place) else "float32"
         return cls(
@@ -78,6 +84,21 @@ class Runtime:
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False
         )
+
+    def alone(self, command: str) -> None:
+        """Raise UsageError if several processes do what one does by itself."""
+        if self.world > 1:
+            raise UsageError(
+                f"{command} is one process's work, but {self.world} were started. Start it without accelerate launch; "
+                "--workers trains several networks at a time where there is that option."
+            )
+
+    @contextlib.contextmanager
+    def drawing(self, seed: int) -> Iterator[None]:
+        """Seed torch's own random numbers for the block: networks draw from them (dropout, drop path)."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network here, channels last: with bf16 two to three times the default's speed."""
@@ -123,6 +144,10 @@ class Runtime:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
+    def told(self, value: int) -> int:
+        """Return the first process's value, in every process."""
+        return int(self.sum(torch.tensor(int(value) if self.rank == 0 else 0, device=self.device)))
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
@@ -133,6 +158,23 @@ class Runtime:
         if self.world > 1:
             torch.distributed.all_reduce(value)
         return value
+
+
+def steady() -> None:
+    """Make a GPU give the same bytes for the same run, and compute in all of float32's digits where that is asked.
+
+    Every process of a job calls it before it computes.
+    """
+    # The fastest kernels add in no fixed order; where there are none that do, torch warns.
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Convolutions would round float32 to 10 bits of mantissa.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ waits for images.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from privet.learning.attack import frozen, pgd
 from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.hardest import hardest
 from privet.learning.runtime import Runtime
-from privet.models import create_model, family, load_backbone
+from privet.models import create_model, load_backbone, placeless
 from privet.models.projection import PREFIX
 from privet.progress import Progress, silent
 from privet.seeds import derive, generator
@@ -34,6 +34,8 @@ OPTIMISERS = ("sgd", "adamw")
 # Of distillation (Hinton et al., arXiv 1503.02531), as Nasty Teacher (Ma et al., arXiv 2105.07381) tries it.
 TEMPERATURE, IMITATION = 4.0, 0.9
 EVALUATION_BATCH = 512
+# What the names of transformers have in them, timm's too; all that `transformers:` loads is taken for one.
+TRANSFORMERS = ("vit", "deit", "swin", "beit", "transformers:")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,11 @@ class Learner:
             linear probe on its features with them (`privet.learning.contrastive`).
         epochs: passes over the image set.
         batch_size: images a step; the last, smaller batch of an epoch is left out.
-        optimiser: "sgd" (momentum 0.9) or "adamw"; None for the network's usual one (AdamW for a ViT, else SGD).
-            Without labels SGD alone.
-        learning_rate: None for the optimiser's usual one (SGD 0.1, AdamW 0.001; without labels 0.5 for batches of
-            512 and in proportion for others).
-        weight_decay: None likewise (0.0005, without labels 0.0001; AdamW 0.05).
+        optimiser: "sgd" (momentum 0.9) or "adamw"; None for the network's usual one: AdamW where the name has one of
+            `TRANSFORMERS` in it, else SGD. Without labels AdamW is for those alone.
+        learning_rate: None for the optimiser's usual one (AdamW 0.001, SGD 0.1; SGD without labels 0.5 for batches
+            of at least 512, and in proportion for smaller ones).
+        weight_decay: None likewise (AdamW 0.05, SGD 0.0005, SGD without labels 0.0001).
         schedule: "cosine" to zero, or "step": a tenth after 40 % and after 80 % of the steps, as in
             the evaluation of the SEM paper. Both rise linearly over the first 5 %.
         radius: of adversarial training, L-infinity, in 1/255; 0 is standard training.
@@ -82,7 +84,7 @@ class Learner:
             raise UsageError(f"Unknown schedule {self.schedule!r}; expected {' or '.join(SCHEDULES)}.")
         if self.optimiser not in (None, *OPTIMISERS):
             raise UsageError(f"Unknown optimiser {self.optimiser!r}; expected {' or '.join(OPTIMISERS)}.")
-        if self.optimiser == "adamw" and self.architecture.startswith(PREFIX):
+        if self.optimiser == "adamw" and self.architecture.startswith(PREFIX) and not self.transformer:
             raise UsageError(
                 f"{self.architecture} learns without labels, with SGD alone; leave the optimiser out."
             )
@@ -114,18 +116,33 @@ class Learner:
             )
 
     def record(self) -> dict[str, Any]:
-        """Return what a training depends on, as JSON values: weights by their hash, wherever they lie."""
-        return {**asdict(self), "weights": sha256(self.weights.read_bytes()) if self.weights else None}
+        """Return what a training depends on, as JSON values: weights and pretrained networks by hash, not by place.
+
+        Raises:
+            InputError: there is no such weights file.
+        """
+        if self.weights is not None and not self.weights.is_file():
+            raise InputError(f"There is no weights file {self.weights}.")
+        network = self.architecture.removeprefix(PREFIX)
+        return {
+            **asdict(self),
+            "architecture": self.architecture.replace(network, placeless(network)),
+            "weights": sha256(self.weights.read_bytes()) if self.weights else None,
+        }
 
     def for_versions(self, count: int) -> Learner:
         """Return it with so much fewer epochs that on `count` versions of each image it takes as many steps."""
         return replace(self, epochs=max(1, round(self.epochs / count)))
 
     @property
+    def transformer(self) -> bool:
+        """Whether its network is one, by its name."""
+        return any(word in self.architecture for word in TRANSFORMERS)
+
+    @property
     def adamw(self) -> bool:
         """Whether it trains with AdamW, and else with SGD."""
-        usual = "adamw" if family(self.architecture) == "vit" else "sgd"
-        return (self.optimiser or usual) == "adamw"
+        return (self.optimiser or ("adamw" if self.transformer else "sgd")) == "adamw"
 
     @property
     def rate(self) -> float:
@@ -199,7 +216,8 @@ def learn(
         progress: told about images seen.
 
     Raises:
-        InputError: the sets do not fit each other, or are empty.
+        InputError: the sets do not fit each other, or are empty, or there is no such weights file.
+        OutputError: the checkpoint is another training's, or damaged.
         UsageError: answers of another shape, or for a learner without labels.
     """
     _check(train, test, learner)
@@ -216,7 +234,10 @@ def learn(
         return learn_contrastive(
             train, test, learner, runtime=runtime, seed=seed, checkpoint=checkpoint, progress=progress
         )
-    model, optimizer, rate, history = begin(train, learner, runtime=runtime, seed=seed, checkpoint=checkpoint)
+    origin = origin_of(train, test, learner, seed, answers) if checkpoint is not None else {}
+    model, optimizer, rate, history = begin(
+        train, learner, runtime=runtime, seed=seed, checkpoint=checkpoint, origin=origin
+    )
     trained = runtime.distribute(model)
 
     pixels, labels = runtime.hold(train.pixels), runtime.hold(train.labels)
@@ -229,36 +250,38 @@ def learn(
         randomness = generator(seed, "views", epoch, runtime.rank, device=runtime.device)
         draws = learner.draws if epoch < round(learner.hard_share * learner.epochs) else 1
         totals = torch.zeros(3, device=runtime.device)  # loss, correct, seen
-        for step in range(steps):
-            index = runtime.share(order[step * batch : (step + 1) * batch])
-            y = runtime.take(labels, index)
-            views = augmentation.draw(len(index), train.size, randomness)
-            x = views.apply(runtime.take(pixels, index)).float() / 255
-            with frozen(model):
-                if learner.distort:
-                    x = hardest(model, x, y, draws=draws, generator=randomness, runtime=runtime)
-                x = pgd(
-                    model,
+        with runtime.drawing(derive(seed, "network", epoch, runtime.rank)):
+            for step in range(steps):
+                index = runtime.share(order[step * batch : (step + 1) * batch])
+                y = runtime.take(labels, index)
+                views = augmentation.draw(len(index), train.size, randomness)
+                x = views.apply(runtime.take(pixels, index)).float() / 255
+                with frozen(model):
+                    if learner.distort:
+                        x = hardest(model, x, y, draws=draws, generator=randomness, runtime=runtime)
+                    x = pgd(
+                        model,
+                        x,
+                        y,
+                        radius=learner.radius / 255,
+                        step_size=learner.step_size / 255,
+                        steps=learner.attack_steps,
+                        generator=randomness,
+                        runtime=runtime,
+                    )
+                fraction = (epoch * steps + step) / (learner.epochs * steps)
+                loss, correct = training_step(
+                    trained,
+                    optimizer,
                     x,
                     y,
-                    radius=learner.radius / 255,
-                    step_size=learner.step_size / 255,
-                    steps=learner.attack_steps,
-                    generator=randomness,
+                    rate=rate * schedule(learner.schedule, fraction),
+                    answers=None if answers is None else runtime.take(answers, index),
                     runtime=runtime,
                 )
-            fraction = (epoch * steps + step) / (learner.epochs * steps)
-            loss, correct = training_step(
-                trained,
-                optimizer,
-                x,
-                y,
-                rate=rate * schedule(learner.schedule, fraction),
-                answers=None if answers is None else runtime.take(answers, index),
-                runtime=runtime,
-            )
-            totals += torch.stack((loss * len(index), correct, correct.new_tensor(len(index))))
-            progress("learning", (epoch * steps + step + 1) * batch, learner.epochs * steps * batch)
+                totals += torch.stack((loss * len(index), correct, correct.new_tensor(len(index))))
+                progress("learning", (epoch * steps + step + 1) * batch, learner.epochs * steps * batch)
+        runtime.agree(model)
         total_loss, correct_, seen = runtime.sum(totals).tolist()
         history.append(
             Epoch(
@@ -268,14 +291,32 @@ def learn(
                 accuracy=accuracy(model, test, runtime=runtime),
             )
         )
-        keep(checkpoint, model, optimizer, history, runtime=runtime)
+        keep(checkpoint, model, optimizer, history, origin=origin, runtime=runtime)
     return Learned(model=model.eval(), history=tuple(history))
 
 
+def origin_of(
+    train: ImageSet, test: ImageSet, learner: Learner, seed: int, answers: Tensor | None = None
+) -> dict[str, Any]:
+    """Return what tells a training's checkpoint from another's, as JSON values."""
+    told = None if answers is None else sha256(answers.detach().cpu().float().numpy().tobytes())
+    return {**learner.record(), "seed": seed, "train": train.digest, "test": test.digest, "answers": told}
+
+
 def begin(
-    train: ImageSet, learner: Learner, *, runtime: Runtime, seed: int, checkpoint: Path | None
+    train: ImageSet,
+    learner: Learner,
+    *,
+    runtime: Runtime,
+    seed: int,
+    checkpoint: Path | None,
+    origin: Mapping[str, Any],
 ) -> tuple[nn.Module, torch.optim.Optimizer, float, list[Epoch]]:
-    """Return a learner's network, its optimiser, its highest rate and its history, as `keep` left them if it did."""
+    """Return a learner's network, its optimiser, its highest rate and its history, as `keep` left them if it did.
+
+    Raises:
+        OutputError: the checkpoint is of another origin, or damaged.
+    """
     model = create_model(
         learner.architecture, classes=train.classes, size=train.size, seed=derive(seed, "weights")
     )
@@ -284,7 +325,9 @@ def begin(
     model = runtime.place(model)
     optimizer, rate = make_optimizer(model, learner)
     history: list[Epoch] = []
-    if checkpoint is not None and (state := load_checkpoint(checkpoint, model=model, optimizer=optimizer)):
+    if checkpoint is not None and (
+        state := load_checkpoint(checkpoint, model=model, optimizer=optimizer, origin=origin)
+    ):
         history = [Epoch(**epoch) for epoch in state[1]["history"]]
     return model, optimizer, rate, history
 
@@ -295,11 +338,12 @@ def keep(
     optimizer: torch.optim.Optimizer,
     history: Sequence[Epoch],
     *,
+    origin: Mapping[str, Any],
     runtime: Runtime,
 ) -> None:
     """Write what `begin` goes on from, if there is a file for it."""
     if checkpoint is not None and runtime.rank == 0:
-        record = {"history": [asdict(line) for line in history]}
+        record = {"history": [asdict(line) for line in history], "origin": origin}
         save_checkpoint(checkpoint, model=model, optimizer=optimizer, record=record)
 
 

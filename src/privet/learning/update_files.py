@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -10,6 +11,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from privet.errors import InputError
@@ -27,6 +29,7 @@ def save_update(folder: Path, update: Update) -> None:
     told from a whole one.
 
     Raises:
+        InputError: its notes are no JSON values.
         OutputError: the folder cannot be written.
     """
     facts, data = contents(update)
@@ -35,11 +38,20 @@ def save_update(folder: Path, update: Update) -> None:
 
 
 def contents(update: Update) -> tuple[dict[str, Any], bytes]:
-    """Return a record as JSON values, which name the tensors' hash, and the tensors as safetensors."""
+    """Return a record as JSON values, which name the tensors' hash, and the tensors as safetensors.
+
+    Raises:
+        InputError: its notes are no JSON values.
+    """
+    try:
+        json.dumps(update.notes, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Expected the notes of an update to be JSON values: {error}.") from error
     names = [entry.name for entry in fields(update) if entry.name not in GROUPS]
     facts = {name: getattr(update, name) for name in names} | {"treatment": asdict(update.treatment)}
     tensors = {
-        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        # A copy, as safetensors refuses tensors that share memory.
+        f"{group}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for group in GROUPS
         for name, tensor in getattr(update, group).items()
     }

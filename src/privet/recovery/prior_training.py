@@ -122,12 +122,11 @@ def train_prior(
         "size": list(images.size),
         "crop": side,
         "precision": runtime.precision,
+        "compile": runtime.compile,
         "device": describe_device(runtime.device, torch.get_num_threads(), runtime.world),
         "torch": torch.__version__,
     }
-    finished = runtime.rank == 0 and claim(out, run)
-    runtime.wait()
-    if finished and (out / ABOUT).is_file() and runtime.world == 1:
+    if runtime.told(runtime.rank == 0 and claim(out, run) and (out / ABOUT).is_file()):
         return load_prior(out, runtime=runtime)
     job = Job(
         runtime=runtime,
@@ -180,7 +179,8 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(job.seed, "prior"))
         model = runtime.place(_unet(training.scale, side))
-    average = EMAModel(model.parameters(), decay=training.decay, use_ema_warmup=True, power=0.75)
+    gpu = runtime.device.type == "cuda"  # where a loop over all weights waits for each
+    average = EMAModel(model.parameters(), decay=training.decay, use_ema_warmup=True, power=0.75, foreach=gpu)
     optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=0.0)
     kept = kept_shares(SCHEDULE).to(runtime.device)
     path, first = job.file("prior-checkpoint.safetensors"), 0
@@ -188,9 +188,8 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
     assert path is not None and journal is not None
     if state := load_checkpoint(path, model=model, optimizer=optimizer):
         first = average.optimization_step = int(state[1]["step"])
-        average.shadow_params = [
-            state[0][f"average/{index}"].to(runtime.device) for index in range(len(average.shadow_params))
-        ]
+        for number, shadow in enumerate(average.shadow_params):
+            shadow.copy_(state[0][f"average/{number}"])
     trained, levels = runtime.distribute(model), len(SCALES[training.scale]["block_out_channels"])
     held = runtime.hold(images.pixels)
     size = min(training.batch_size, len(images))
@@ -208,7 +207,8 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
         noise = torch.randn(x.shape, generator=draws, device=draws.device)
         share = kept[time].view(-1, 1, 1, 1)
         trained.train()
-        with runtime.autocast():
+        # The largest network drops values at random, out of torch's own numbers.
+        with runtime.drawing(derive(job.seed, "network", step, runtime.rank)), runtime.autocast():
             noisy = share.sqrt() * x + (1 - share).sqrt() * noise
             found = predict_noise(trained, noisy, time, levels=levels)
         loss = F.mse_loss(found, noise)
@@ -228,8 +228,10 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
                     f"The prior's loss is no number any more after {step + 1} steps, so that nothing can come of them: "
                     f"repeat them with a learning rate below {training.learning_rate:g}."
                 )
-            shadow = {f"average/{index}": value for index, value in enumerate(average.shadow_params)}
-            save_checkpoint(path, model=model, optimizer=optimizer, tensors=shadow, record={"step": step + 1})
+            shadows = {f"average/{number}": value for number, value in enumerate(average.shadow_params)}
+            save_checkpoint(
+                path, model=model, optimizer=optimizer, tensors=shadows, record={"step": step + 1}
+            )
             append_line(journal, {"step": step + 1, "loss": mean})
             total, seen = torch.zeros_like(total), 0
     average.copy_to(model.parameters())
