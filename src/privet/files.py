@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from privet.errors import InputError, OutputError, UsageError
+from privet.errors import InputError, MissingExtraError, OutputError, UsageError
 
 RUN = "run.json"
 WORKSPACE = ".privet"
@@ -116,10 +116,9 @@ def claim(out: Path, run: Mapping[str, Any]) -> bool:
         except (OSError, ValueError, AttributeError) as error:
             raise OutputError(f"{folder / RUN} is damaged. Delete {out} or choose another folder.") from error
         if earlier != description:
-            keys = sorted(key for key in {*earlier, *description} if earlier.get(key) != description.get(key))
             raise OutputError(
-                f"{out} holds {state} run with another {', '.join(keys)}. Repeat that run's arguments, delete the "
-                "folder, or choose another."
+                f"{out} holds {state} run with other settings: {'; '.join(_differences(earlier, description))}. "
+                "Repeat that run's arguments, delete the folder, or choose another."
             )
         return folder == out
     if out.exists() and (not out.is_dir() or any(entry.name != WORKSPACE for entry in out.iterdir())):
@@ -136,7 +135,7 @@ def released(out: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (UsageError, InputError):
+    except (UsageError, InputError, MissingExtraError):
         with contextlib.suppress(OSError):
             kept = [entry.name for folder in (out, out / WORKSPACE) for entry in folder.iterdir()]
             if kept == [WORKSPACE, RUN]:
@@ -154,6 +153,24 @@ def finish(out: Path, run: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _differences(earlier: Any, now: Any, place: str = "") -> list[str]:
+    """Say in which places two descriptions of a run differ, as in "training.epochs was 60 and is 30 now"."""
+    if not (isinstance(earlier, dict) and isinstance(now, dict)):
+        if earlier == now:
+            return []
+        return [f"{place} was {_short(earlier)} and is {_short(now)} now"]
+    return [
+        words
+        for key in sorted({*earlier, *now})
+        for words in _differences(earlier.get(key), now.get(key), f"{place}.{key}" if place else key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:

@@ -181,7 +181,7 @@ def test_a_finished_setting_is_never_repeated(
         assert path.read_bytes() == (tmp_path / "killed" / "cells" / path.name).read_bytes()
     audit(tmp_path / "killed", runtime)
     assert len(attacked) == 1 + len(whole.results)
-    with pytest.raises(OutputError, match="with another plan"):
+    with pytest.raises(OutputError, match=r"other settings: plan\.seed was 0 and is 1 now"):
         audit(tmp_path / "killed", runtime, replace(PLAN, seed=1))
     shutil.rmtree(tmp_path / "killed" / "cells")  # lines without their images are measured again
     audit(tmp_path / "killed", runtime)

@@ -158,7 +158,7 @@ def test_another_audit_s_folder_is_left_alone(
     clean, protected, test = sets
     plan = replace(PLAN, recoveries=("none",), seeds=(0,), architectures=("cnn-w4",))
     run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
-    with pytest.raises(OutputError, match="holds a finished run with another plan"):
+    with pytest.raises(OutputError, match=r"holds a finished run with other settings: plan\.seeds was \[0\] and is \[1\] now"):
         run_audit(
             clean, protected, test=test, out=tmp_path / "out", plan=replace(plan, seeds=(1,)), runtime=runtime
         )

@@ -17,7 +17,7 @@ from tests.images.test_write import tree
 import privet
 from privet.cli import main
 from privet.cli.protect import parse_settings
-from privet.errors import EXIT_CODES, OutputError, UsageError
+from privet.errors import EXIT_CODES, MissingExtraError, OutputError, UsageError
 from privet.files import claim, released
 from privet.images import open_images
 from privet.learning import Runtime
@@ -265,8 +265,28 @@ def test_a_refusal_keeps_what_was_done(tmp_path: Path) -> None:
         (tmp_path / "out/.privet/checkpoint.safetensors").write_bytes(b"hours")
         raise UsageError("too late")
     assert (tmp_path / "out/.privet/checkpoint.safetensors").exists()
-    with pytest.raises(OutputError, match="holds an unfinished run with another a"):
+    with pytest.raises(
+        OutputError, match=r"holds an unfinished run with other settings: a was 1 and is 2 now\."
+    ):
         claim(tmp_path / "out", {"a": 2})
+
+
+def test_a_missing_extra_gives_the_folder_back(tmp_path: Path) -> None:
+    claim(tmp_path / "out", {"a": 1})
+    with pytest.raises(MissingExtraError), released(tmp_path / "out"):
+        raise MissingExtraError("A prior", "diffusion")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_told_by_what_differs(tmp_path: Path) -> None:
+    claim(tmp_path, {"plan": {"rounds": 3, "names": ["x" * 99]}, "kept": 1})
+    with pytest.raises(OutputError) as refusal:
+        claim(tmp_path, {"plan": {"rounds": 4, "names": []}, "kept": 1, "new": "n"})
+    cut = '["' + "x" * 55 + "..."
+    assert (
+        f'other settings: new was null and is "n" now; plan.names was {cut} and is [] now; plan.rounds was 3 and is 4 now. '
+        "Repeat" in str(refusal.value)
+    )
 
 
 def test_unforeseen_errors_ask_for_a_report(
@@ -304,6 +324,17 @@ def test_full_disks_are_one_error(
     monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["protect", str(make_folder(blobs(3))), "--out", str(tmp_path / "out"), *QUICK]) == 7
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_the_input_s_fault(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "locked.png")
+
+    monkeypatch.setattr("privet.images.open_images", locked)
+    assert main(["protect", str(make_folder(blobs(3))), "--out", str(tmp_path / "out"), *QUICK]) == 3
+    assert "Cannot read locked.png: Permission denied." in capsys.readouterr().err
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,14 @@ def test_a_line_now_and_then(clock: list[float], capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_no_rate_before_anything_is_done(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with screen.progress() as listen:
+        listen("learning", 0, 10)
+        clock[0] += 20
+        listen("learning", 0, 10)
+    assert capsys.readouterr().err == "learning: 0%\n"
+
+
 def test_a_bar_that_goes_on_under_a_new_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

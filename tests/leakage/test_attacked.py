@@ -60,7 +60,7 @@ def test_a_folder_belongs_to_one_run(runtime: Runtime, tmp_path: Path) -> None:
         ([dimmed], 2, {}, "victims"),
     ]
     for other, steps, changed, differs in others:
-        with pytest.raises(OutputError, match=f"with another {differs}[.]"):
+        with pytest.raises(OutputError, match=f"with other settings: {differs}"):
             write_attack(tmp_path, other, IG(steps=steps), runtime=runtime, source=source, **changed)
     assert (tmp_path / "report.json").read_bytes() == before
 

@@ -275,16 +275,30 @@ class TestThoseWithASurrogate:
         if getattr(method, "mode", "sample") == "class":
             assert float((noise[0] == noise[1]).float().mean()) > 0.9  # the rest was clipped at white
 
-    def test_a_surrogate_of_other_classes_is_refused(
+    def test_further_images_may_lack_a_class(
         self, method: Protection, runtime: Runtime, tmp_path: Path
     ) -> None:
         publish(blobs(9), method, tmp_path / "first", runtime=runtime)
+        further = blobs(6, seed=1)
+        surrogate = Job(runtime=runtime, surrogate=tmp_path / "first/surrogate.safetensors")
+        expected = method.protect(further, surrogate)
+        assert (further.labels > 0).any() and (further.labels == 0).any()
+        turned = replace(further, labels=2 - further.labels, class_names=("2", "1", "0"))
+        assert torch.equal(method.protect(turned, surrogate).pixels, expected.pixels)
+        some = further.subset(torch.nonzero(further.labels > 0)[:, 0])
+        fewer = replace(some, labels=some.labels - 1, class_names=("1", "2"))
+        found = method.protect(fewer, surrogate)
+        assert torch.equal(found.labels, fewer.labels) and found.class_names == ("1", "2")
+
+    def test_a_surrogate_of_other_classes_is_refused(
+        self, method: Protection, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        publish(blobs(6, classes=2), method, tmp_path / "first", runtime=runtime)
         with pytest.raises(
-            InputError,
-            match=r"was trained on the classes \['0', '1', '2'\], but these images have \['0', '1'\]",
+            InputError, match=r"was trained on the classes \['0', '1'\], but these images have \['2'\], too"
         ):
             publish(
-                blobs(6, classes=2),
+                blobs(9),
                 method,
                 tmp_path / "second",
                 runtime=runtime,
@@ -451,7 +465,10 @@ def test_another_run_s_folder_is_left_alone(runtime: Runtime, tmp_path: Path) ->
     before = tree(tmp_path / "out")
     assert publish(images, RandomNoise(), tmp_path / "out", runtime=runtime).written.ok == 4
     assert tree(tmp_path / "out") == before
-    with pytest.raises(OutputError, match="holds a finished run with another budget, seed, settings"):
+    with pytest.raises(
+        OutputError,
+        match=r"holds a finished run with other settings: budget.amount was 8.* and is 3.* now; seed was 0 and is 1 now; settings.epsilon was",
+    ):
         publish(images, RandomNoise(epsilon=3), tmp_path / "out", runtime=runtime, seed=1)
     assert tree(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()

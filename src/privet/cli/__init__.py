@@ -22,7 +22,7 @@ from privet.cli.prior import prior
 from privet.cli.protect import protect
 from privet.cli.recover import recover
 from privet.cli.show import show
-from privet.errors import EXIT_CODES, INTERRUPTED, OK, OutputError, PrivetError, UsageError
+from privet.errors import EXIT_CODES, INTERRUPTED, OK, InputError, OutputError, PrivetError, UsageError
 from privet.version import VERSION
 
 app = App(
@@ -54,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except OSError as error:
-        return _say(f"{error.strerror or error}: {error.filename or ''}", OutputError.exit_code)
+    except OSError as error:  # writes end in an OutputError, unless the disk is full: then no file is named
+        if error.filename is None:
+            return _say(f"Cannot write: {error.strerror or error}.", OutputError.exit_code)
+        return _say(f"Cannot read {error.filename}: {error.strerror}.", InputError.exit_code)
     except Exception as error:
         if os.environ.get("PRIVET_DEBUG"):
             raise

@@ -85,11 +85,10 @@ class _Lines:
         if now - self.printed < LINE_SECONDS:
             return
         self.printed = now
-        rate = (done - self.first) / (now - self.started)
-        left = (total - done) / rate if rate else 0
-        self.console.print(
-            f"{stage}: {done / total:.0%}, {_each_second(rate)}, {left:,.0f} s left", soft_wrap=True
-        )
+        line = f"{stage}: {done / total:.0%}"
+        if rate := (done - self.first) / (now - self.started):
+            line += f", {_each_second(rate)}, {(total - done) / rate:,.0f} s left"
+        self.console.print(line, soft_wrap=True)
 
 
 def _each_second(rate: float) -> str:

@@ -19,6 +19,7 @@ from privet.images.similarity import compare_all
 from privet.learning.chunks import CHUNK, Change, change_in_chunks
 from privet.learning.job import Job
 from privet.models.projection import PREFIX
+from privet.protection.surrogate import as_known
 
 Perturb = Callable[[Tensor, torch.Generator], Tensor]
 """Maps positions in the image set, (batch,), to perturbations, (batch, 3, height, width), in 1/255."""
@@ -88,22 +89,23 @@ class Protection(ABC):
             job: where and how; with a workspace, a killed run goes on where it stopped.
 
         Raises:
-            InputError: images that the method cannot work on.
+            InputError: images that the method cannot work on, or a surrogate that does not know their classes.
             UsageError: a surrogate for a method that has none.
             BudgetError: the method returned NaN or another shape, or its bytes leave the budget.
         """
         if len(images) == 0:
             raise InputError("There is no image to protect.")
-        if self.labelled and images.classes < 2:
+        if job.surrogate is not None and not hasattr(self, "surrogate"):
+            raise UsageError(f"{self.name} needs no surrogate: leave it out.")
+        known = images if job.surrogate is None else as_known(images, job.surrogate)
+        if self.labelled and known.classes < 2:
             raise InputError(
                 f"{self.name} needs at least 2 classes: with {list(images.class_names)} alone there is nothing to tell "
                 "apart. Sort the images into a folder for each class."
             )
-        if job.surrogate is not None and not hasattr(self, "surrogate"):
-            raise UsageError(f"{self.name} needs no surrogate: leave it out.")
 
         def prepare() -> Change:
-            perturb = self._perturb(images, job)
+            perturb = self._perturb(known, job)
             return lambda index, randomness: self._bytes(images, index, perturb(index, randomness))
 
         pixels = change_in_chunks(images, job, prepare, purpose="perturb")

@@ -94,7 +94,7 @@ class EM(Bounded):
                 raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job)
+        batches, surrogate = Batches(images, job.runtime), load_surrogate(job)
         steps = self.crossing(self.step_size)  # where there are no rounds whose descents add up
         if surrogate is not None and self.mode == "sample":
 

@@ -106,7 +106,7 @@ class SEM(Bounded):
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         batches = Batches(images, job.runtime)
-        model, stored = load_surrogate(images, job), None
+        model, stored = load_surrogate(job), None
         if model is None:
             model, stored = self._train(images, batches, job)
             model.eval().requires_grad_(False)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from privet.errors import InputError
 from privet.images.image_set import ImageSet
+from privet.images.open import align
 from privet.learning.job import Job
 from privet.models import SavedModel, load_model, save_model
 from privet.models.projection import PREFIX
-from privet.protection.base import Protection
+
+if TYPE_CHECKING:
+    from privet.protection.base import Protection
 
 FILE = "surrogate.safetensors"
 
@@ -30,16 +36,30 @@ def save_surrogate(
         save_model(path, model, about)
 
 
-def load_surrogate(images: ImageSet, job: Job, *, contrastive: bool = False) -> nn.Module | None:
+def as_known(images: ImageSet, surrogate: Path) -> ImageSet:
+    """Return the images with labels as a surrogate counts its classes; they may lack some of these.
+
+    Raises:
+        InputError: it cannot be read, or was not trained on a class that the images have.
+    """
+    _, about = load_model(surrogate)
+    if unknown := sorted(set(images.class_names) - set(about.class_names)):
+        raise InputError(
+            f"{surrogate} was trained on the classes {list(about.class_names)}, but these images have {unknown}, too. "
+            "A surrogate protects images of its own classes only."
+        )
+    return align(images, about.class_names)
+
+
+def load_surrogate(job: Job, *, contrastive: bool = False) -> nn.Module | None:
     """Return the surrogate that the job names, frozen, or None if it names none.
 
     Args:
-        images: what is to be protected.
         job: names it.
         contrastive: whether it must have learned without labels, or else with them.
 
     Raises:
-        InputError: it cannot be read, knows other classes than the images have, or is of the other kind.
+        InputError: it cannot be read, or is of the other kind.
     """
     if job.surrogate is None:
         return None
@@ -49,10 +69,5 @@ def load_surrogate(images: ImageSet, job: Job, *, contrastive: bool = False) -> 
         raise InputError(
             f"{job.surrogate} learned {kinds[not contrastive]}; this method needs one that learned "
             f"{kinds[contrastive]}."
-        )
-    if about.class_names != images.class_names:
-        raise InputError(
-            f"{job.surrogate} was trained on the classes {list(about.class_names)}, but these images have "
-            f"{list(images.class_names)}. A surrogate protects images of its own classes only."
         )
     return job.runtime.place(model).eval().requires_grad_(False)

@@ -72,7 +72,7 @@ class TAP(Bounded):
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         batches = Batches(images, job.runtime)
-        model = load_surrogate(images, job) or self._train(images, batches, job)
+        model = load_surrogate(job) or self._train(images, batches, job)
 
         def perturb(index: Tensor, randomness: torch.Generator) -> Tensor:
             batch = batches[index]

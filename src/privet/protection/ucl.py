@@ -109,7 +109,7 @@ class UCL(Bounded):
             )
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        batches, surrogate = Batches(images, job.runtime), load_surrogate(images, job, contrastive=True)
+        batches, surrogate = Batches(images, job.runtime), load_surrogate(job, contrastive=True)
         if surrogate is not None:
             noise = self._start(images, "sample", job)
             steps = self.crossing(self.step_size)

@@ -75,7 +75,7 @@ def test_killed_and_resumed(strategy: str, kills: int, tmp_path: Path, runtime: 
 
 def test_a_folder_of_another_federation(tmp_path: Path, runtime: Runtime) -> None:
     play(tmp_path, runtime, replace(PLAN, rounds=1))
-    with pytest.raises(OutputError, match="another plan"):
+    with pytest.raises(OutputError, match=r"other settings: plan\.budget was .* and is \"2%\" now"):
         play(tmp_path, runtime, replace(PLAN, rounds=1, budget="2%"))
 
 
