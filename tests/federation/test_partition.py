@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -50,7 +52,7 @@ def test_the_seed_says_it_all() -> None:
 def test_what_cannot_be_had() -> None:
     with pytest.raises(UsageError, match="1 client"):
         iid(3, 4)
-    for settings_ in ({"alpha": 0.0}, {"alpha": 0.3, "least": 500}):
+    for settings_ in (*({"alpha": alpha} for alpha in (0.0, nan, inf, 1e308)), {"alpha": 0.3, "least": 500}):
         with pytest.raises(UsageError, match="at least"):
             dirichlet(LABELS, 20, **settings_)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="No Dirichlet split"):

@@ -137,6 +137,8 @@ def test_few_clients() -> None:
         lambda: Exponential(start=0),
         lambda: Exponential(start=1.1),
         lambda: Exponential(rate=-1),
+        lambda: Exponential(rate=math.nan),
+        lambda: Exponential(rate=math.inf),
         lambda: Linear(rounds=0),
         lambda: Step(factor=0),
         lambda: Static(-0.5),

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tests.leakage.victims import SMALL, blocks, victims
+from tests.models.test_transformers_vision import folder_of
 
 from privet.cli import main
 from privet.errors import InputError, OutputError, UsageError
 from privet.images import ImageSet
 from privet.images.montage import montage
-from privet.leakage import IG, Analytic
+from privet.leakage import DLG, GRNN, IG, Analytic, Inversion
 from privet.leakage.attack import attack
+from privet.leakage.client import Client
 from privet.leakage.victims import Victim, simulate, threat_model
 from privet.leakage.write import write_attack
 from privet.learning import Runtime, save_update
@@ -159,6 +163,61 @@ def test_too_few_images() -> None:
         simulate(model, blocks(12), architecture="lenet", victims=5, batch_size=3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"victims": 0},
+        {"batch_size": 0},
+        {"local_steps": -1},
+        *({"learning_rate": rate} for rate in (0.0, -1.0, math.nan, math.inf)),
+    ],
+)
+def test_clients_that_cannot_be(settings: dict[str, Any]) -> None:
+    model = create_model(SMALL, classes=3, size=(16, 16))
+    with pytest.raises(
+        UsageError, match="Expected at least 1 client, batches of 1, 1 local step and a finite"
+    ):
+        simulate(model, blocks(12), architecture=SMALL, **{"victims": 1, **settings})
+
+
+def test_training_that_leaves_all_numbers() -> None:
+    with pytest.raises(
+        UsageError, match="2 steps with the learning rate 1e\\+300 lead to numbers that are not"
+    ):
+        victims(1, local_steps=2, learning_rate=1e300)
+
+
+@pytest.mark.parametrize("kind", [GRNN, IG, DLG, Analytic])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e300])
+def test_settings_that_are_no_numbers(kind: type[Inversion], value: float) -> None:
+    for field in fields(kind):
+        if isinstance(field.default, int | float):
+            settings: dict[str, Any] = {field.name: value}
+            with pytest.raises(UsageError, match=f"{kind.name} needs {field.name} as a number from 0 to"):
+                kind(**settings)
+
+
+@pytest.mark.parametrize("local_steps", [1, 2])
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_parameters_without_a_part_in_the_logits_are_not_sent(
+    kind: str, local_steps: int, tmp_path: Path, runtime: Runtime
+) -> None:
+    """CLIP's text tower, or the token of a mask; the network's own and the attacker's client agree on the others."""
+    name = f"transformers:{folder_of(kind, tmp_path)}"
+    model = create_model(name, classes=3, size=(16, 16))
+    (victim,) = simulate(model, blocks(3), architecture=name, victims=1, local_steps=local_steps)
+    idle = {one for one, weight in model.named_parameters() if not weight.requires_grad}
+    assert idle and victim.update.values.keys() == {one for one, _ in model.named_parameters()} - idle
+    assert victim.images is not None
+    client = Client.of([victim.update], model, device=torch.device("cpu"), dtype=torch.float32)
+    labels = F.one_hot(torch.tensor(victim.labels), 3).float()
+    expected, (found, _) = client.gradient(victim.images[None], labels[None]), victim.update.as_gradient()
+    for one, value in found.items():
+        torch.testing.assert_close(expected[one][0], value, atol=1e-5, rtol=1e-3)
+    (result,) = attack([victim], IG(steps=2), runtime=runtime, network=model)[0].reconstructions
+    assert not result.failed
+
+
 class TestCommandLine:
     def test_simulated_clients(
         self, tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
@@ -188,7 +247,12 @@ class TestCommandLine:
         save_update(tmp_path / "record", victim.update)
         given = ["invert", str(tmp_path / "record"), *QUICK]
         assert main([*given, "--out", str(tmp_path / "blind")]) == 0
-        assert "not known without the private images" in " ".join(capsys.readouterr().out.split())
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "not known without the private images" in printed
+        distance = json.loads((tmp_path / "blind" / "report.json").read_text())["attacks"][0]["victims"][0][
+            "distance"
+        ]
+        assert f"(distance {distance:.3g})" in printed
         pixels = (victim.images * 255).round().byte()  # type: ignore[operator]
         private = ImageSet.from_arrays(pixels, torch.tensor([0]), names=["0/0"])
         folder = make_folder(private, "private")
@@ -200,6 +264,41 @@ class TestCommandLine:
         assert main([*given, "--private", str(two), "--out", str(tmp_path / "x")]) == InputError.exit_code
         assert "the private images are 2 of 16 x 16 px" in " ".join(capsys.readouterr().err.split())
 
+    def test_options_without_effect(
+        self, tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        save_update(tmp_path / "record", victims(1)[0].update)
+        given = ["invert", str(tmp_path / "record"), "--out", str(tmp_path / "out"), *QUICK]
+        for more in (
+            ["--victims", "5"],
+            ["--defence", "int8"],
+            ["--architecture", "lenet"],
+            ["--labels-known"],
+        ):
+            assert main([*given, *more]) == UsageError.exit_code
+            assert f"leave {more[0]} out" in " ".join(capsys.readouterr().err.split())
+        folder = str(make_folder(blocks(3)))
+        more = ["--architecture", "lenet", "--private", folder, "--out", str(tmp_path / "out"), *QUICK]
+        assert main(["invert", folder, *more]) == UsageError.exit_code
+        assert "leave --private out" in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out").exists()
+
+    def test_records_in_the_place_of_images(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A federation, its folder of records, and a client whose update was not kept."""
+        federation = tmp_path / "federation"
+        for client in ("3", "5"):
+            save_update(federation / "updates" / client, victims(1)[0].update)
+        out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+        for verb, place in (
+            (["invert"], federation),
+            (["invert"], federation / "updates"),
+            (["invert"], federation / "updates" / "4"),
+            (["audit", "leakage"], federation / "updates" / "3"),
+        ):
+            assert main([*verb, str(place), *out]) == UsageError.exit_code
+            told = " ".join(capsys.readouterr().err.split())
+            assert f"privet invert {federation / 'updates' / '3'}" in told
+
     @pytest.mark.parametrize(
         ("more", "words"),
         [
@@ -208,6 +307,10 @@ class TestCommandLine:
             (["--preset", "faithful"], "ig has no preset 'faithful'"),
             (["--defence", "magic"], "Unknown defence 'magic'"),
             (["--set", "speed=3"], "Expected --set NAME=VALUE with NAME one of"),
+            (["--set", "learning_rate=nan"], "ig needs learning_rate as a number from 0"),
+            (["--architecture", "simclr:cnn-w4"], "simclr:cnn-w4 learns without labels"),
+            (["--psnr", "nan"], "Expected psnr as a finite number above 0"),
+            (["--batch-size", "0"], "batches of 1"),
             (
                 ["--architecture", "lenet", "--model", "x.safetensors"],
                 "give either --model or --architecture",

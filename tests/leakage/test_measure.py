@@ -133,6 +133,13 @@ def test_either_threshold_is_enough() -> None:
         assert judge(result(darker, [0]), private, [0], success)[0].outcome == outcome
 
 
+@pytest.mark.parametrize("least", [-1.0, 0.0, math.nan, math.inf])
+def test_thresholds_that_say_nothing(least: float) -> None:
+    for name in ("psnr", "ssim"):
+        with pytest.raises(UsageError, match=f"Expected {name} as a finite number above 0, got {least}"):
+            Success(**{name: least})
+
+
 def test_a_victim_counts_if_any_of_its_images_came_out() -> None:
     out = Found(outcome="recovered", psnr=30.0, ssim=0.9, label=True, reason="")
     not_out = replace(out, outcome="label only", psnr=10.0)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privet.errors import InputError
+from privet.files import sha256
 from privet.learning import Treatment, Update, load_update, save_update
 from privet.models import create_model
 
@@ -215,6 +216,23 @@ def test_what_is_no_record(record: Path, text: str) -> None:
     (record / "update.json").write_text(text)
     with pytest.raises(InputError):
         load_update(record)
+    (record / "update.json").write_bytes(before)
+
+
+SIDES = st.sampled_from([0, 1, 2, 2**31, 2**63 - 1, 2**63, 2**64 - 1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(shape=st.lists(SIDES, max_size=70), kind=st.sampled_from(["F32", "BOOL", "F8_E4M3", "F4"]))
+@example(shape=[0, 2**63], kind="F32")
+def test_any_shape_in_a_header_is_checked(record: Path, shape: list[int], kind: str) -> None:
+    """Whoever writes a record also writes the hash that it must have."""
+    header = {"values/fc.bias": {"dtype": kind, "shape": shape, "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text
+    before = (record / "update.json").read_bytes()
+    (record / "update.json").write_text(json.dumps({**json.loads(before), "tensors": sha256(data)}))
+    damaged(record, "update.safetensors", data)
     (record / "update.json").write_bytes(before)
 
 

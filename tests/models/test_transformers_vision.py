@@ -56,8 +56,9 @@ def test_a_record_names_an_encoder_by_what_it_computes_with_not_by_its_place(tmp
     (moved / "notes.md").write_text("of no effect")
 
     def recorded(place: Path) -> Any:
-        (name,) = UGE(key=bytes(range(32)), encoders=(f"transformers:{place}",)).settings()["encoders"]
-        assert str(place) not in name
+        encoders = (f"transformers:{place}", f"simclr:transformers:{place}")
+        name, without_labels = UGE(key=bytes(range(32)), encoders=encoders).settings()["encoders"]
+        assert str(place) not in name and without_labels == f"simclr:{name}"
         return name
 
     assert recorded(folder) == recorded(moved)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.markup import escape
 
 from privet.cli.options import MACHINE, Machine
@@ -25,9 +26,9 @@ def federate(
     rounds: int = 100,
     strategy: str = "fedavg",
     codec: str = "dhq-deadzone",
-    budget: str = "1%",
+    budget: Annotated[str, Parameter(show_default=False)] = "",
     download: str = "dhq-deadzone",
-    download_budget: str = "1%",
+    download_budget: Annotated[str, Parameter(show_default=False)] = "",
     sampler: str = "cyclic",
     schedule: str = "static",
     fraction: float = 0.2,
@@ -63,7 +64,7 @@ def federate(
     clients
         Number of clients.
     alpha
-        Of the Dirichlet distribution that splits each class among them; 0 deals the images at random.
+        Of the Dirichlet distribution that splits each class among them, up to a million; 0 deals the images at random.
     rounds
         Number of rounds.
     strategy
@@ -72,11 +73,12 @@ def federate(
         For what clients send: dhq, dhq-lloyd, dhq-deadzone, fp16, int8, qsgd, terngrad, sign, topk, stc, eden, or
         none for whole models.
     budget
-        Of an update: a share of its values as in 1%, or a size as in 64KiB, into which at least one value must fit.
+        Of an update: a share of its values as in 1%, for codecs that choose values; or a size as in 64KiB, into which
+        at least one value must fit. Default: 1% for those that choose; others send every value.
     download
         Codec of what they receive.
     download_budget
-        Of one difference to the model.
+        Likewise, of one difference to the model.
     sampler
         uniform, cyclic (everybody takes a turn) or weighted (drawn by numbers of images, then counted alike).
     schedule
@@ -96,7 +98,7 @@ def federate(
     augment
         Whether clients shift and mirror their images; --no-augment for handwriting.
     record
-        Keep so many of the last round's updates as records for privet invert.
+        Keep so many of the last round's updates as records for privet invert, in folders named after the clients.
     size
         Side in pixels at which the network sees the images.
     split
@@ -110,6 +112,7 @@ def federate(
     machine
         Where it runs.
     """
+    from privet.federation.flower.federate import RECORDS
     from privet.federation.flower.federate import federate as play
     from privet.federation.flower.plan import Plan
     from privet.images import align, open_images
@@ -141,4 +144,11 @@ def federate(
         f"{total['down']:,} down and {total['up']:,} up. Whole models would have taken {total['whole_models']:,}. "
         f"See {escape(str(page))}"
     )
+    if report["left_out"]:
+        say(
+            f"{report['left_out']:,} of {report['participations']:,} updates were left out; the page says whose, and "
+            "why."
+        )
+    for folder in sorted((out / RECORDS).glob("*")):
+        say(f"A record for privet invert: {escape(str(folder))}")
     return OK

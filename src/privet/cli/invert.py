@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,12 +75,15 @@ def invert(
     """
     from privet.leakage.write import PICTURE, write_attack
     from privet.learning import Runtime
+    from privet.learning.update_files import RECORD
 
     here = Runtime.find(device, "float32")
     here.alone("privet invert")
     inversion = create_inversion(method, preset, budget, set or [])
+    recorded = (Path(source) / RECORD).exists()
+    _check_options(source, recorded, clients, victims=victims, defence=defence, private=private)
     with progress() as listener:
-        if (Path(source) / "update.json").exists():
+        if recorded:
             found = [_recorded(Path(source), private)]
         else:
             found = _simulated(source, clients, victims=victims, defence=defence, seed=seed)
@@ -114,6 +118,26 @@ def create_inversion(method: str, preset: str, budget: str, settings: list[str])
     return inversion if budget == "default" else inversion.lasting(10)
 
 
+def _check_options(
+    source: str, recorded: bool, clients: Clients, *, victims: int, defence: str | None, private: str | None
+) -> None:
+    """Refuse options that have no effect on such a source."""
+    chosen = {"victims": victims != 1, "defence": defence is not None}
+    chosen |= {
+        field.name: getattr(clients, field.name) != getattr(CLIENTS, field.name) for field in fields(clients)
+    }
+    idle = [f"--{name.replace('_', '-')}" for name, yes in chosen.items() if yes]
+    if recorded and idle:
+        raise UsageError(
+            f"{source} is the record of an update that was sent; leave {', '.join(idle)} out, which say how clients "
+            "are simulated."
+        )
+    if private is not None and not recorded:
+        raise UsageError(
+            f"{source} is no record of an update, so its images are the private ones; leave --private out."
+        )
+
+
 def _recorded(folder: Path, private: str | None) -> Victim:
     from privet.images import open_images
     from privet.leakage.victims import open_victim
@@ -143,7 +167,7 @@ def _say(result: dict[str, Any]) -> None:
         kind = "attack" if len(result["attacks"]) == 1 else "aware" if one["aware"] else "naive"
         total = one["summary"]
         if not total:
-            ends = ", ".join(f"{victim['end']} (distance {victim['distance']})" for victim in one["victims"])
+            ends = ", ".join(map(_end, one["victims"]))
             say(
                 f"[bold]{kind}[/]: {escape(ends)}; how much came out is not known without the private images."
             )
@@ -166,6 +190,12 @@ def _say(result: dict[str, Any]) -> None:
         say(
             f"baseline {name}: median PSNR {row['median_psnr']:.1f} dB, {row['recovered']} of {row['images']}"
         )
+
+
+def _end(victim: dict[str, Any]) -> str:
+    """Return in words how the search for a victim's images ended."""
+    distance = victim["distance"]  # None if it is infinite
+    return str(victim["end"]) if distance is None else f"{victim['end']} (distance {distance:.3g})"
 
 
 def identified_words(row: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from privet.seeds import derive
 Index = NDArray[np.int64]
 
 ATTEMPTS = 200
+LARGEST_ALPHA = 1e6  # shares are alike to a thousandth; far beyond, their sum is no number any more
 
 
 def iid(count: int, clients: int, *, seed: int = 0) -> list[Index]:
@@ -43,7 +44,7 @@ def dirichlet(
     Args:
         labels: of the images, (images,).
         clients: number of clients.
-        alpha: of the distribution, above 0.
+        alpha: of the distribution, above 0 and up to a million.
         least: images that every client must have; shares are drawn anew until it is so.
         seed: of the draw.
 
@@ -51,12 +52,12 @@ def dirichlet(
         For each client the positions of its images, ascending.
 
     Raises:
-        UsageError: no draw gave every client so many.
+        UsageError: alpha is out of range, there are too few images, or no draw gave every client so many.
     """
-    if alpha <= 0 or clients < 1 or least * clients > len(labels):
+    if not 0 < alpha <= LARGEST_ALPHA or clients < 1 or least * clients > len(labels):
         raise UsageError(
-            f"Expected alpha above 0 and at least {least} images for each client, got {alpha} and {len(labels)} "
-            f"images for {clients} clients."
+            f"Expected alpha above 0 and up to {LARGEST_ALPHA:g}, and at least {least} images for each client, got "
+            f"{alpha} and {len(labels)} images for {clients} clients."
         )
     for attempt in range(ATTEMPTS):
         random = np.random.default_rng(derive(seed, "dirichlet", attempt))

@@ -40,8 +40,8 @@ class Exponential:
 
     def __post_init__(self) -> None:
         _check(self.start, self.floor)
-        if self.rate < 0:
-            raise UsageError(f"Expected a rate of 0 or more, got {self.rate}.")
+        if not 0 <= self.rate < math.inf:
+            raise UsageError(f"Expected a finite rate of 0 or more, got {self.rate}.")
 
     def fraction(self, round: int) -> float:
         return max(self.floor, self.start * math.exp(-self.rate * round))

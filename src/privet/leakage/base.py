@@ -26,6 +26,7 @@ from privet.learning.update import Update
 from privet.progress import Progress, silent
 
 LABELS = ("infer", "joint")
+LARGEST = torch.finfo(torch.float32).max  # of any setting
 TOGETHER = 16  # members in one pass: more gain little on a processor
 
 
@@ -88,6 +89,12 @@ class Inversion(ABC):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not 0 <= value <= LARGEST:
+                raise UsageError(
+                    f"{self.name} needs {field.name} as a number from 0 to {LARGEST:.2g}, got {value}."
+                )
         if self.steps < 1 or self.restarts < 1:
             raise UsageError(
                 f"Expected at least one step and one restart, got {self.steps} and {self.restarts}."

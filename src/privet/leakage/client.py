@@ -26,10 +26,14 @@ def network_of(update: Update) -> nn.Module:
     """Return the network that a record names.
 
     Raises:
-        UsageError: privet does not know it, or the record's weights do not fit it.
+        UsageError: privet does not know it, it has no classes, or the record's weights do not fit it.
     """
+    if update.architecture.startswith(PREFIX):
+        raise UsageError(
+            f"{update.architecture} learns without labels, and inversions are of networks that learn with them."
+        )
     build = partial(create_model, update.architecture, classes=update.classes, size=update.size)
-    if ":" not in update.architecture.removeprefix(PREFIX):  # a short name can ask for any amount of memory
+    if ":" not in update.architecture:  # a short name can ask for any amount of memory
         with torch.device("meta"):
             _fit(update, build())
     return build()

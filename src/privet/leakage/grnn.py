@@ -88,7 +88,7 @@ class GRNN(Descent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1 or self.learning_rate <= 0:
+        if self.width < 1 or not self.learning_rate:
             raise UsageError("Expected a width of at least 1 and a learning rate above 0.")
         if self.keep not in ("best", "last"):
             raise UsageError(f"Expected keep to be best or last, got {self.keep!r}.")

@@ -41,8 +41,8 @@ class IG(Descent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.learning_rate <= 0 or self.total_variation < 0:
-            raise UsageError("Expected a learning rate above 0 and a weight of at least 0.")
+        if not self.learning_rate:
+            raise UsageError("ig needs a learning rate above 0.")
 
     def _distance(self, problem: Problem, gradient: Tensors) -> Tensor:
         return problem.evidence.cosine(gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from privet.errors import UsageError
 from privet.images.similarity import WINDOW
 from privet.leakage.base import Reconstruction
 from privet.leakage.problem import FAILED
@@ -25,14 +27,22 @@ class Success:
     """What counts as recovered, fixed before the attack: any of these is enough.
 
     Attributes:
-        psnr: in dB, at least.
-        ssim: at least.
+        psnr: in dB, at least; above 0.
+        ssim: at least; above 0, and beyond 1 it never counts.
         identified: whether it is enough that a gallery names the right person first (identify.py).
     """
 
     psnr: float = 20.0
     ssim: float = 0.6
     identified: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("psnr", self.psnr), ("ssim", self.ssim)):
+            if not 0 < least < math.inf:
+                raise UsageError(
+                    f"Expected {name} as a finite number above 0, got {least}: at 0 or less any image counts as "
+                    "recovered. What no image reaches leaves it out."
+                )
 
     def met(self, psnr: float, ssim: float | None, rank: int | None = None) -> bool:
         """Say whether an image as similar as this counts, whose person a gallery names in this place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,13 @@ def simulate(
         seed: of the choice of images, and of the defence.
 
     Raises:
-        UsageError: there are too few images, or there is no batch norm that would have statistics.
+        UsageError: a number cannot be, there are too few images, or there is no batch norm that would have statistics.
     """
+    if min(victims, batch_size, local_steps) < 1 or not 0 < learning_rate < math.inf:
+        raise UsageError(
+            "Expected at least 1 client, batches of 1, 1 local step and a finite learning rate above 0, got "
+            f"{victims}, {batch_size}, {local_steps} and {learning_rate}."
+        )
     if victims * batch_size > len(images):
         raise UsageError(
             f"{victims} clients with {batch_size} images each need {victims * batch_size} images, got {len(images)}."
@@ -83,6 +89,11 @@ def simulate(
         x, labels = images.pixels[chosen].float() / 255, images.labels[chosen]
         told = tuple(labels.tolist())
         change, buffers = step(model, x, labels, local_steps=local_steps, learning_rate=learning_rate)
+        if local_steps > 1 and not all(bool(torch.isfinite(value).all()) for value in change.values()):
+            raise UsageError(
+                f"{local_steps} steps with the learning rate {learning_rate:g} lead to numbers that are not finite; "
+                "choose a smaller one."
+            )
         update = Update.of(
             model,
             change,
@@ -110,7 +121,7 @@ def step(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the gradient of one step, or the change of several, and batch norm's buffers after it, by name.
 
-    The model stays as it is.
+    Parameters that the logits do not depend on have no gradient, and are left out. The model stays as it is.
     """
     parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
@@ -119,13 +130,12 @@ def step(
     for _ in range(local_steps):
         leaves = {name: value.requires_grad_() for name, value in parameters.items()}
         loss = F.cross_entropy(torch.func.functional_call(model, {**leaves, **buffers}, (x,)), labels)
-        slopes = torch.autograd.grad(loss, list(leaves.values()))
-        gradient = dict(zip(leaves, slopes, strict=True))
-        parameters = {
-            name: (value - learning_rate * gradient[name]).detach() for name, value in leaves.items()
-        }
+        slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        gradient = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+        moved = {name: (leaves[name] - learning_rate * slope).detach() for name, slope in gradient.items()}
+        parameters = {name: value.detach() for name, value in leaves.items()} | moved
     if local_steps > 1:
-        gradient = {name: parameters[name] - value.detach() for name, value in before.items()}
+        gradient = {name: parameters[name] - before[name].detach() for name in gradient}
     tracked = {
         short(name): value
         for name, value in buffers.items()

@@ -94,7 +94,7 @@ def load_update(folder: Path) -> Update:
 def _tensors(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}.") from error
     return tensors
 

@@ -122,6 +122,8 @@ def is_pretrained(name: str) -> bool:
 
 def placeless(name: str) -> str:
     """Return the name by which a network is recorded: of a pretrained one the hash, not the folder."""
+    if name.startswith(PREFIX):
+        return PREFIX + placeless(name.removeprefix(PREFIX))
     if not is_pretrained(name):
         return name
     folder = Path(name.removeprefix(transformers_vision.PREFIX))

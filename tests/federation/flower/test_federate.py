@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.conftest import blobs, stop_after
+from torch import Tensor
 
 from privet.cli import main
 from privet.errors import InputError, OutputError, UsageError
+from privet.federation.flower import client
 from privet.federation.flower.federate import federate
-from privet.federation.flower.plan import Plan
+from privet.federation.flower.plan import CODEC_NAMES, Plan
 from privet.leakage.client import Client, network_of
-from privet.learning import Runtime, load_update
+from privet.leakage.moments import sent_moments
+from privet.leakage.victims import step
+from privet.learning import Runtime, Update, load_update
 from privet.report import write_federation
 from privet.report.federation import render_federation
 from privet.seeds import generator
@@ -35,6 +40,7 @@ PLAN = Plan(
     download_budget="5%",
     augment=False,
 )
+WHOLE: dict[str, Any] = {"codec": "none", "download": "none", "budget": "", "download_budget": ""}
 TRAIN, TEST = blobs(120), blobs(30, seed=1)
 
 
@@ -88,10 +94,13 @@ def test_a_damaged_checkpoint(tmp_path: Path, runtime: Runtime) -> None:
 
 
 def test_fewer_bytes_than_whole_models(tmp_path: Path, runtime: Runtime) -> None:
-    whole = play(tmp_path / "whole", runtime, replace(PLAN, codec="none", download="none"))
+    whole = play(tmp_path / "whole", runtime, replace(PLAN, **WHOLE))
     few = play(tmp_path / "few", runtime)
     assert few["bytes"]["up"] < whole["bytes"]["up"] / 2
     assert few["bytes"]["down"] < whole["bytes"]["down"]
+
+
+NO_NUMBERS = (math.nan, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +112,30 @@ def test_fewer_bytes_than_whole_models(tmp_path: Path, runtime: Runtime) -> None
         ({"schedule": "slow"}, "Unknown schedule"),
         ({"budget": "much"}, "Expected a budget like 1%"),
         ({"download_budget": "0%"}, "budget above 0"),
-        ({"alpha": -1.0}, "Expected alpha above 0"),
+        ({"codec": "int8", "budget": "1%"}, "int8 sends every value; give its budget in bytes, or none"),
+        ({"download": "eden", "download_budget": "1%"}, "eden sends every value"),
+        ({"codec": "none", "budget": "64KiB"}, "Whole models have no budget, got 64KiB"),
+        ({"architecture": "simclr:cnn-w4"}, "simclr:cnn-w4 learns without labels"),
         ({"rounds": 0}, "1 round"),
         ({"fraction": 2.0}, "Expected fractions up to 1"),
+        *(
+            ({"alpha": alpha}, "Expected alpha above 0 and up to 1e\\+06")
+            for alpha in (-1.0, 1e7, *NO_NUMBERS)
+        ),
+        *(({"learning_rate": rate}, "a finite learning rate above 0") for rate in (-1.0, 0.0, *NO_NUMBERS)),
+        *(({"fraction": share}, "Expected fractions up to 1") for share in (-1.0, 0.0, *NO_NUMBERS)),
+        *(({"decay": decay}, "Expected a finite decay of 0 or more") for decay in (-1.0, *NO_NUMBERS)),
+        *(({"floor": floor}, "a floor from 0 to 1") for floor in (-1.0, 1.1, *NO_NUMBERS)),
     ],
 )
 def test_plans_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Plan(**settings)
+
+
+def test_every_codec_has_a_plan_without_a_budget() -> None:
+    for name in [*CODEC_NAMES, "none"]:
+        assert Plan(codec=name, download=name).mod().budget is None
 
 
 @pytest.mark.parametrize(
@@ -128,8 +153,7 @@ def test_a_budget_that_is_too_small_for_the_model(
     with pytest.raises(UsageError, match=words):
         play(tmp_path, runtime, replace(PLAN, **settings))
     assert not list(tmp_path.iterdir())
-    whole = replace(PLAN, rounds=1, codec="none", download="none", budget="30B", download_budget="30B")
-    assert play(tmp_path, runtime, whole)["rounds"][0]["accepted"]
+    assert play(tmp_path, runtime, replace(PLAN, rounds=1, **WHOLE))["rounds"][0]["accepted"]
 
 
 def test_drawn_by_numbers_of_images(tmp_path: Path, runtime: Runtime) -> None:
@@ -149,12 +173,14 @@ def test_recorded_updates_are_attacked(
     run = ["federate", str(train), "--test", str(test), "--out", str(out), "--architecture", "cnn-w4"]
     machine = ["--device", "cpu", "--precision", "float32"]
     assert main([*run, *few, "--record", "1", "--fraction", "0.5", *machine]) == 0
-    assert "bytes moved" in " ".join(capsys.readouterr().out.split())
-    assert (out / "report.html").exists()
     (record,) = (out / "updates").iterdir()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "bytes moved" in printed and f"A record for privet invert: {record}" in printed
+    assert "left out" not in printed
+    assert (out / "report.html").exists()
     update = load_update(record)
     assert update.kind == "delta" and update.treatment.sparse and update.local_steps == 1
-    assert update.images == 30 and update.notes == {"round": 2, "codec": "dhq-deadzone", "budget": "1%"}
+    assert update.images == 30 and update.notes == {"round": 2, "codec": "dhq-deadzone", "budget": ""}
     zero = sum(int((value == 0).sum()) for value in update.values.values())
     assert 0.5 < zero / sum(value.numel() for value in update.values.values()) < 1
     given = ["invert", str(record), "--method", "ig", "--set", "steps=2", "--out", str(tmp_path / "found")]
@@ -172,7 +198,79 @@ def test_a_mistake_on_the_command_line(
     assert "Expected a budget like 1%" in " ".join(capsys.readouterr().err.split())
     assert main([*run, "--clients", "500"]) == UsageError.exit_code
     assert "10 images for each client" in " ".join(capsys.readouterr().err.split())
+    assert main([*run, "--clients", "2", "--record", "-1"]) == UsageError.exit_code
+    assert "Expected 0 or more updates to keep" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
     assert torch.is_grad_enabled()
+
+
+def test_a_federation_whose_every_update_is_refused_is_no_success(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, out = make_folder(TRAIN, "train"), tmp_path / "out"
+    run = ["federate", str(train), "--test", str(train), "--out", str(out), "--architecture", "cnn-w4"]
+    run += [
+        "--clients",
+        "4",
+        "--rounds",
+        "2",
+        "--fraction",
+        "0.5",
+        "--alpha",
+        "0",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "8",
+    ]
+    for _ in range(2):  # the second is no resumption of the first
+        assert main([*run, "--learning-rate", "1e30"]) == InputError.exit_code
+        printed = " ".join(capsys.readouterr().err.split())
+        assert "Not one of 4 updates could be used" in printed and "Expected finite float32 values" in printed
+        assert not list(out.iterdir())
+    assert main([*run, "--learning-rate", "0.1"]) == 0  # nothing is in the way
+
+
+def test_how_many_updates_were_left_out(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = client.train_locally
+
+    def fails_once(*args: Any, **more: Any) -> float:
+        if more["round"] == 2:
+            raise RuntimeError("no power")
+        return trained(*args, **more)
+
+    monkeypatch.setattr(client, "train_locally", fails_once)
+    train, out = make_folder(TRAIN, "train"), tmp_path / "out"
+    run = ["federate", str(train), "--test", str(train), "--out", str(out), "--architecture", "cnn-w4"]
+    run += ["--clients", "4", "--rounds", "2", "--fraction", "0.5", "--alpha", "0", "--device", "cpu"]
+    assert main(run) == 0
+    assert "2 of 4 updates were left out" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((out / "federation.json").read_text())["left_out"] == 2
+
+
+def recorded(plan: Plan, out: Path, runtime: Runtime) -> tuple[Update, Tensor, Tensor]:
+    """Return the record of a client's update in the first round, and its images and labels as it went through them."""
+    images = blobs(112, size=(16, 16))
+    federate(images, images, plan, out, runtime=runtime, source={}, record=1)
+    (folder,) = (out / "updates").iterdir()
+    mine = plan.split(images.labels.numpy())[int(folder.name)]
+    order = torch.randperm(len(mine), generator=generator(plan.seed, "order", 1, folder.name)).numpy()
+    return load_update(folder), images.pixels[mine[order]].float() / 255, images.labels[mine[order]]
+
+
+def test_a_record_has_the_statistics_that_travelled(tmp_path: Path, runtime: Runtime) -> None:
+    """Of one step on all of a client's images they are what a simulated client sends, and the attack hears them."""
+    plan = replace(PLAN, architecture="resnet8-w4", clients=4, alpha=0.0, rounds=1, batch_size=28, **WHOLE)
+    update, x, labels = recorded(plan, tmp_path, runtime)
+    network = network_of(update).train()
+    network.load_state_dict({f"network.{name}": value for name, value in update.weights.items()})
+    _, expected = step(network, x, labels, local_steps=1, learning_rate=plan.learning_rate)
+    assert update.local_steps == 1 and sent_moments(update, network)
+    assert update.statistics.keys() == {one for one in expected if not one.endswith("num_batches_tracked")}
+    for name, value in update.statistics.items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_a_record_tells_what_the_client_did(tmp_path: Path, runtime: Runtime) -> None:
@@ -187,17 +285,11 @@ def test_a_record_tells_what_the_client_did(tmp_path: Path, runtime: Runtime) ->
         local_epochs=2,
         batch_size=12,
         learning_rate=0.3,
-        codec="none",
-        download="none",
+        **WHOLE,
     )
-    images = blobs(112, size=(16, 16))
-    federate(images, images, plan, tmp_path, runtime=runtime, source={}, record=1)
-    (folder,) = (tmp_path / "updates").iterdir()
-    update = load_update(folder)
+    update, x, labels = recorded(plan, tmp_path, runtime)
     assert (update.images, update.batch_size, update.local_steps) == (28, 12, 6)
-    mine = plan.split(images.labels.numpy())[int(folder.name)]
-    order = mine[torch.randperm(28, generator=generator(plan.seed, "order", 1, folder.name)).numpy()]
-    x, y = images.pixels[order].float() / 255, F.one_hot(images.labels[order], 3).float()
+    y = F.one_hot(labels, 3).float()
     client = Client.of([update], network_of(update), device=torch.device("cpu"), dtype=torch.float32)
     expected, (found, _) = client.gradient(x[None], y[None]), update.as_gradient()
     for name, value in found.items():

@@ -336,6 +336,24 @@ def test_a_bad_reply_is_left_out_and_the_run_goes_on(kind: str, codec: Codec | N
     assert all(np.isfinite(array).all() for array in result.values())
 
 
+@pytest.mark.parametrize("inner", [FedAvg(**READY), FedAvgM(**READY, server_momentum=0.9), FedAdam(**READY)])
+def test_a_client_that_counts_for_all_and_swings_cannot_end_a_run(inner: Any) -> None:
+    sign = 1.0
+
+    def swing(reply: Message) -> None:
+        nonlocal sign
+        poison(3e38 * sign)(reply)
+        reply.content["metrics"]["num-examples"] = 2**62  # type: ignore[index]
+        sign = -sign
+
+    floats = {name: array for name, array in model().items() if array.dtype.kind == "f"}
+    wrapper = strategy(inner, codec=None, budget=None)
+    result = play(wrapper, grid(app(with_content(swing), None)), begin=floats, rounds=4)
+    assert all(np.isfinite(array).all() for array in result.values())
+    assert "finite weights up to 1e+18" in wrapper.rounds[0].refused["2"]
+    assert all({"0", "1", "3"} <= set(one.accepted) for one in wrapper.rounds)
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_bytes_and_numbers_are_left_out_of_training(kind: str) -> None:
     change, words = HOSTILE[kind]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,14 +17,14 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
-from privet.errors import InputError
+from privet.errors import InputError, UsageError
 from privet.federation.flower.checkpoint import load, save
 from privet.federation.flower.client import client_app, first_model, first_network, steps_of
 from privet.federation.flower.grids import LocalGrid
-from privet.federation.flower.link import Arrays
+from privet.federation.flower.link import Arrays, moved
 from privet.federation.flower.plan import Plan, create_codec
 from privet.federation.flower.strategy import CodecStrategy, Round
-from privet.federation.schema import Update
+from privet.federation.schema import STATISTICS, Update
 from privet.files import WORKSPACE, claim, finish, read_json, write_json
 from privet.images import ImageSet
 from privet.learning.runtime import Runtime, describe_device
@@ -64,10 +66,12 @@ def federate(
         progress: told about rounds.
 
     Raises:
-        InputError: the sets do not fit each other.
+        InputError: the sets do not fit each other, or not one update could be used.
         OutputError: the folder holds something else, or cannot be written.
         UsageError: there are too few images for so many clients, or a budget is too small for the model.
     """
+    if record < 0:
+        raise UsageError(f"Expected 0 or more updates to keep as records, got {record}.")
     if train.class_names != test.class_names or train.size != test.size:
         raise InputError("Training and test images must have the same classes and one size.")
     parts = plan.split(train.labels.numpy())
@@ -135,6 +139,9 @@ def play(
             the whole model after a restart.
         runtime: where the model is measured.
         progress: told about rounds.
+
+    Raises:
+        InputError: not one update could be used, so that there is no model to write.
     """
     network = first_network(plan, test)
     arrays = ArrayRecord(network.state_dict())
@@ -162,6 +169,9 @@ def play(
             grid=grid, initial_arrays=arrays, num_rounds=plan.rounds - len(history), evaluate_fn=after
         )
         arrays = result.arrays or arrays
+    if not any(one.accepted for one in strategy.rounds):
+        shutil.rmtree(workspace, ignore_errors=True)  # of no worth, and in the way of another attempt
+        raise InputError(_nothing(strategy.rounds))
     network.load_state_dict(arrays.to_torch_state_dict())
     saved = SavedModel(architecture=plan.architecture, class_names=test.class_names, size=test.size)
     save_model(out / MODEL, network, saved)
@@ -185,6 +195,7 @@ def _summary(
             "whole_models": 2 * model * asked,
         },
         "participations": asked,
+        "left_out": sum(len(one.refused) for one in rounds),
         "class_names": list(test.class_names),
         "rounds": [
             {**asdict(one), "accuracy": reached} for one, reached in zip(rounds, history, strict=True)
@@ -192,11 +203,22 @@ def _summary(
     }
 
 
+def _nothing(rounds: list[Round]) -> str:
+    """Say why a federation in which no update was accepted learned nothing."""
+    reasons = Counter(reason for one in rounds for reason in one.refused.values())
+    reason, count = reasons.most_common(1)[0]
+    return (
+        f"Not one of {reasons.total()} updates could be used, so nothing was learned or written. Of {count} this is "
+        f"the reason: {reason}"
+    )
+
+
 def _record(folder: Path, plan: Plan, images: ImageSet, model: Arrays, update: Update, number: int) -> None:
     """Write what a server knows of a client's update, for an attack on it."""
     network = create_model(plan.architecture, classes=images.classes, size=images.size)
     network.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in model.items()})
     sent = {short(name): torch.from_numpy(np.array(update[name])) for name, _ in network.named_parameters()}
+    after = {name: array for name, array in moved(model, update).items() if name.endswith(STATISTICS)}
     batch, steps = steps_of(plan, len(images))
     codec = create_codec(plan.codec)
     save_update(
@@ -212,6 +234,7 @@ def _record(folder: Path, plan: Plan, images: ImageSet, model: Arrays, update: U
             local_steps=steps,
             learning_rate=plan.learning_rate,
             kind="delta",
+            statistics={short(name): torch.from_numpy(np.array(array)) for name, array in after.items()},
             treatment=Treatment(sparse=codec is not None and codec.chooses),
             notes={"round": number, "codec": plan.codec, "budget": plan.budget},
         ),

@@ -11,6 +11,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from privet.errors import CodecError, PrivetError
 from privet.federation.base import Codec
+from privet.federation.budget import Budget
 from privet.federation.dhq import DHQ
 from privet.federation.flower.link import (
     KEY,
@@ -71,7 +72,7 @@ class CodecMod:
         self,
         codec: Codec | None = USUAL,
         *,
-        budget: str | None = None,
+        budget: Budget | str | None = None,
         first: First | None = None,
     ) -> None:
         self.codec = codec

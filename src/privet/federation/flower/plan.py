@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -11,12 +12,13 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Strategy
 
 from privet.errors import UsageError
 from privet.federation.base import Codec
+from privet.federation.budget import Budget
 from privet.federation.dhq import DHQ
 from privet.federation.flower.link import Arrays, difference, schema_of
 from privet.federation.flower.mod import CodecMod, First
 from privet.federation.flower.strategy import CodecStrategy, Watch
 from privet.federation.message import CODECS
-from privet.federation.partition import Index, dirichlet, iid
+from privet.federation.partition import LARGEST_ALPHA, Index, dirichlet, iid
 from privet.federation.quantise import DeadZone, Lloyd
 from privet.federation.sampling import (
     Cosine,
@@ -30,6 +32,7 @@ from privet.federation.sampling import (
     Uniform,
     Weighted,
 )
+from privet.models.projection import PREFIX
 
 STRATEGIES: dict[str, type[FedAvg]] = {"fedavg": FedAvg, "fedavgm": FedAvgM, "fedadam": FedAdam}
 SAMPLERS: dict[str, type[Sampler]] = {"uniform": Uniform, "cyclic": Cyclic, "weighted": Weighted}
@@ -53,7 +56,8 @@ class Plan:
         rounds: how many are played.
         strategy: fedavg, fedavgm or fedadam.
         codec: of updates: dhq, dhq-lloyd, dhq-deadzone, fp16, int8, qsgd, ..., or none for whole models.
-        budget: of an update: "1%" of its values or "64KiB" in all; empty for the codec's usual size.
+        budget: of an update: "1%" of its values or "64KiB" in all; empty for the codec's usual size, which is 1 % of
+            the values for one that chooses, and all of them for others.
         download: codec of the differences that go down, likewise.
         download_budget: their budget.
         sampler: uniform, cyclic or weighted (clients are drawn by their numbers of images, and then count alike).
@@ -74,9 +78,9 @@ class Plan:
     rounds: int = 100
     strategy: str = "fedavg"
     codec: str = "dhq-deadzone"
-    budget: str = "1%"
+    budget: str = ""
     download: str = "dhq-deadzone"
-    download_budget: str = "1%"
+    download_budget: str = ""
     sampler: str = "cyclic"
     schedule: str = "static"
     fraction: float = 0.2
@@ -94,15 +98,29 @@ class Plan:
                 raise UsageError(
                     f"Unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}."
                 )
-        self.mod()
-        if (codec := create_codec(self.download)) is not None:
-            codec.allow(_budget(codec, self.download_budget))
-        if min(self.clients, self.rounds, self.local_epochs, self.batch_size) < 1 or self.learning_rate <= 0:
+        if self.architecture.startswith(PREFIX):
             raise UsageError(
-                "Expected at least 1 client, 1 round, 1 local epoch, batches of 1, and a learning rate above 0."
+                f"{self.architecture} learns without labels, and clients learn from theirs; name a network without "
+                f"{PREFIX!r}."
             )
-        if self.alpha < 0:
-            raise UsageError(f"Expected alpha above 0, or 0 for a random deal, got {self.alpha}.")
+        for name, budget in ((self.codec, self.budget), (self.download, self.download_budget)):
+            _compression(name, budget)
+        if min(self.clients, self.rounds, self.local_epochs, self.batch_size) < 1:
+            raise UsageError(
+                "Expected at least 1 client, 1 round, 1 local epoch and batches of 1, got "
+                f"{self.clients}, {self.rounds}, {self.local_epochs} and {self.batch_size}."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"Expected a finite learning rate above 0, got {self.learning_rate}.")
+        if not 0 <= self.alpha <= LARGEST_ALPHA:
+            raise UsageError(
+                f"Expected alpha above 0 and up to {LARGEST_ALPHA:g}, or 0 for a random deal, got {self.alpha}."
+            )
+        # Also where the schedule makes no use of them: they are on record.
+        if not (0 <= self.decay < math.inf and 0 <= self.floor <= 1):
+            raise UsageError(
+                f"Expected a finite decay of 0 or more and a floor from 0 to 1, got {self.decay} and {self.floor}."
+            )
         self.schedule_of_fractions()
 
     @classmethod
@@ -123,8 +141,8 @@ class Plan:
 
     def mod(self, first: First | None = None) -> CodecMod:
         """Return the clients' mod; `first` is as for `CodecMod`."""
-        codec = create_codec(self.codec)
-        return CodecMod(codec, budget=_budget(codec, self.budget), first=first)
+        codec, budget = _compression(self.codec, self.budget)
+        return CodecMod(codec, budget=budget, first=first)
 
     def wrapper(
         self,
@@ -142,11 +160,11 @@ class Plan:
             watch: as for `CodecStrategy`.
             classes: likewise.
         """
-        codec = create_codec(self.download)
+        codec, budget = _compression(self.download, self.download_budget)
         return CodecStrategy(
             self.inner(),
             codec=codec,
-            budget=_budget(codec, self.download_budget),
+            budget=budget,
             sampler=self.draw(sizes),
             nodes=nodes or self.clients,
             watch=watch,
@@ -166,8 +184,7 @@ class Plan:
             ("budget", self.codec, self.budget),
             ("download budget", self.download, self.download_budget),
         ):
-            codec = create_codec(name)
-            budget = None if codec is None else codec.allow(_budget(codec, given))
+            codec, budget = _compression(name, given)
             if codec is None or budget is None or budget.bytes is None:
                 continue
             update = difference(model, {name: np.zeros_like(array) for name, array in model.items()})
@@ -218,6 +235,13 @@ def create_codec(name: str) -> Codec | None:
     return CODEC_NAMES[name]()
 
 
-def _budget(codec: Codec | None, budget: str) -> str | None:
-    """Return the budget; a share of the values is left to codecs that choose some."""
-    return None if not budget or codec is None or (budget.endswith("%") and not codec.chooses) else budget
+def _compression(name: str, budget: str) -> tuple[Codec | None, Budget | None]:
+    """Return the codec of this name, or None for whole models, and its budget, or None for its usual size.
+
+    Raises:
+        UsageError: there is no such codec, or it has no such budget.
+    """
+    codec = create_codec(name)
+    if codec is None and budget:
+        raise UsageError(f"Whole models have no budget, got {budget}; leave it out, or choose a codec.")
+    return codec, codec.allow(budget or None) if codec is not None else None

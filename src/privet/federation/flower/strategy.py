@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from privet.errors import CodecError, UsageError
 from privet.federation.base import Codec
+from privet.federation.budget import Budget
 from privet.federation.flower.download import Download
 from privet.federation.flower.grids import Shown
 from privet.federation.flower.link import (
@@ -117,7 +118,7 @@ class CodecStrategy(Strategy):
         inner: Strategy,
         *,
         codec: Codec | None = USUAL,
-        budget: str | None = None,
+        budget: Budget | str | None = None,
         sampler: Sampler | None = None,
         nodes: int = 2,
         watch: Watch | None = None,
@@ -324,8 +325,9 @@ class CodecStrategy(Strategy):
         else:
             update = difference(arrays_of(record, visible), visible)
         arrays = moved(self.download.weights, update)
-        if not all(finite(array) for array in arrays.values() if array.dtype.kind == "f"):
-            raise CodecError("Expected a finite model.")
+        floats = [array for array in arrays.values() if array.dtype.kind == "f"]
+        if not all(finite(array) and float(np.abs(array).max(initial=0)) <= LARGEST for array in floats):
+            raise CodecError(f"Expected a model of finite weights up to {LARGEST:g}.")
         law = _take_law(_metrics(reply, self._weight))
         reply.content[key] = record_of(arrays)
         return reply, update, law, size
@@ -369,6 +371,7 @@ class CodecStrategy(Strategy):
         self._asked.clear()
 
 
+LARGEST = 1e18  # whose squares are finite: servers' optimisers take them, and differences of two models
 GREETING = 120.0  # seconds that nodes have for an answer to the greeting
 ODD = "its metrics have other names than most, or other lengths"
 
