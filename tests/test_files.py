@@ -15,11 +15,12 @@ from PIL import Image
 
 from privet.cli import main
 from privet.errors import BudgetError, OutputError
-from privet.files import append_line, read_lines, write_bytes, write_json
+from privet.files import TEMPORARY, append_line, atomic, read_lines, write_bytes, write_json
 from privet.images import ResizedCrop, distort, open_images, write, write_images
 from privet.learning import Runtime
-from privet.protection import RandomNoise, publish
+from privet.protection import METHODS, RandomNoise, publish
 from tests.conftest import blobs
+from tests.images.test_write import tree
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +54,38 @@ def test_a_torn_line_is_cut_off_before_more_is_appended(tmp_path: Path) -> None:
     assert read_lines(path) == [{"a": 1}, {"a": 2}]
 
 
+def test_what_a_kill_left_of_a_file_goes_when_the_run_is_finished(runtime: Runtime, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(*_: object, **__: object) -> None:
+        with atomic(out / "0/0000.png") as temporary:
+            assert TEMPORARY.fullmatch(temporary.name)
+            torn.append(temporary)
+        raise KeyboardInterrupt
+
+    torn: list[Path] = []
+    with pytest.raises(KeyboardInterrupt):
+        publish(blobs(4), RandomNoise(), out, runtime=runtime, progress=stop)
+    torn[0].write_bytes(b"half of an image")
+    publish(blobs(4), RandomNoise(), out, runtime=runtime)
+    publish(blobs(4), RandomNoise(), tmp_path / "whole", runtime=runtime)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_what_undoes_a_protection_is_its_owners_alone(runtime: Runtime, tmp_path: Path) -> None:
+    """While it works, and when it is done."""
+    out, modes = tmp_path / "out", set[int]()
+    method = METHODS["em"].preset("cpu", surrogate="cnn-w4", max_rounds=1, train_steps=1, noise_steps=1)
+
+    def look(*_: object) -> None:
+        if (out / ".privet").exists():
+            modes.add((out / ".privet").stat().st_mode & 0o777)
+
+    publish(blobs(6), method, out, runtime=runtime, progress=look)
+    assert modes == {0o700}
+    assert (out / "surrogate.safetensors").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_finished_run_mends_what_was_damaged(runtime: Runtime, tmp_path: Path) -> None:
     publish(blobs(4), RandomNoise(), tmp_path / "out", runtime=runtime)
     file = tmp_path / "out/0/0000.png"
@@ -60,6 +93,28 @@ def test_a_finished_run_mends_what_was_damaged(runtime: Runtime, tmp_path: Path)
     Image.new("RGB", (8, 8)).save(file)
     publish(blobs(4), RandomNoise(), tmp_path / "out", runtime=runtime)
     assert file.read_bytes() == before and not (tmp_path / "out/.privet").exists()
+    manifest = tmp_path / "out/manifest.jsonl"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole.replace(b"{", b"[", 1))
+    publish(blobs(4), RandomNoise(), tmp_path / "out", runtime=runtime)
+    assert manifest.read_bytes() == whole
+
+
+def test_other_metadata_are_another_run(runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/b").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "in/a/0.png")
+    for author in "AB":
+        exif = Image.Exif()
+        exif[0x013B] = author
+        Image.new("RGB", (8, 8)).save(tmp_path / "in/b/0.png", exif=exif)
+        images = open_images(tmp_path / "in")
+        images = images.subset([images.names.index("a/0"), images.names.index("b/0")])
+        if author == "A":
+            publish(images, RandomNoise(), tmp_path / "out", runtime=runtime)
+        else:
+            with pytest.raises(OutputError, match="a finished run with other settings: files was"):
+                publish(images, RandomNoise(), tmp_path / "out", runtime=runtime)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +122,7 @@ def test_a_finished_run_mends_what_was_damaged(runtime: Runtime, tmp_path: Path)
     [
         ([], True, False),
         (["--keep-gps"], True, True),
-        (["--metadata", "strip", "--keep-gps"], False, False),
+        (["--metadata", "strip"], False, False),
     ],
 )
 def test_location_is_published_only_if_asked_for(

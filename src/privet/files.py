@@ -6,16 +6,18 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from privet.errors import InputError, MissingExtraError, OutputError, UsageError
 
 RUN = "run.json"
 WORKSPACE = ".privet"
+TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.tmp")  # what `atomic` names its files, of which a kill leaves one
 
 
 @contextlib.contextmanager
@@ -124,6 +126,9 @@ def claim(out: Path, run: Mapping[str, Any]) -> bool:
     if out.exists() and (not out.is_dir() or any(entry.name != WORKSPACE for entry in out.iterdir())):
         raise OutputError(f"{out} holds other files. Choose an empty or a new folder.")
     write_json(out / WORKSPACE / RUN, description)
+    # Checkpoints hold what undoes a protection, or a licence's secret weights. Some file systems have no modes.
+    with contextlib.suppress(OSError):
+        (out / WORKSPACE).chmod(0o700)
     return False
 
 
@@ -145,9 +150,39 @@ def released(out: Path) -> Iterator[None]:
 
 
 def finish(out: Path, run: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Mark the run as finished: write run.json with what was found out, and drop the workspace."""
+    """Mark the run as finished: write run.json with what was found out, drop the workspace and what kills left."""
     write_json(out / RUN, {**run, "facts": dict(facts)})
+    for path in out.rglob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
     shutil.rmtree(out / WORKSPACE, ignore_errors=True)
+
+
+def reserve(file: BinaryIO, size: int, path: Path) -> None:
+    """Make a new file `size` bytes long, zeros all of them, for which the disk keeps room.
+
+    For files that are written through memory: there a full disk is no error, but the end of the process.
+
+    Args:
+        file: open to be written.
+        size: in bytes, at least 1.
+        path: what the message calls it.
+
+    Raises:
+        OutputError: the disk has no room.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    except OSError as error:
+        file.truncate(0)  # some of it may have been granted
+        free = shutil.disk_usage(path.parent).free
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror}. It takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free: "
+            "make room, or choose a folder on another disk."
+        ) from error
 
 
 def sha256(data: bytes) -> str:

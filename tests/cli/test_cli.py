@@ -67,7 +67,9 @@ def test_protect_learn_audit_show(
     clean, test = make_folder(blobs(40), "clean"), make_folder(blobs(24, seed=1), "test")
     protected, learner, report = tmp_path / "protected", tmp_path / "learner", tmp_path / "audit"
     assert main(["protect", str(clean), "--out", str(protected), *QUICK]) == 0
-    assert "40 images protected with em and written to" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "40 images protected with em and written to" in told
+    assert f"{protected / 'surrogate.safetensors'} is private: it helps to undo the protection" in told
     assert json.loads((protected / "run.json").read_text())["settings"]["max_rounds"] == 2
 
     options = ["--epochs", "2", "--device", "cpu", "--no-flip"]
@@ -105,6 +107,48 @@ def test_protect_learn_audit_show(
         assert image.size == (32 * 12, 32 * 12)
 
 
+def test_audit_and_show_take_splits_and_versions(
+    tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, _ = make_folder(blobs(40), "all/train"), make_folder(blobs(24, seed=1), "all/test")
+    every, protected, versions = (str(tmp_path / name) for name in ("all", "protected", "versions"))
+    method = ["--method", "random", "--limit", "30", "--device", "cpu"]
+    assert main(["protect", every, "--split", "train", "--out", protected, *method]) == 0
+    capsys.readouterr()
+    show = ["show", every, "--split", "train", "--out", str(tmp_path / "s.png"), "--count", "30"]
+    assert main([*show, protected, "--limit", "30"]) == 0
+    assert capsys.readouterr().out.count("PSNR") == 30
+
+    audit = [
+        "audit",
+        every,
+        protected,
+        "--split",
+        "train",
+        "--limit",
+        "30",
+        "--test",
+        every,
+        "--test-split",
+        "test",
+    ]
+    options = ["--epochs", "1", "--architectures", "cnn-w4", "--seeds", "1", "--recoveries", "none"]
+    out = tmp_path / "audit"
+    assert main([*audit, "--out", str(out), "--device", "cpu", "--workers", "1", *options]) == 0
+    found = json.loads((out / "report.json").read_text())
+    assert (found["images"]["pairs"], found["images"]["unpaired"], found["images"]["test"]) == (30, 0, 24)
+    assert not {flag["name"] for flag in found["flags"]} & {"test-overlap", "unpaired"}
+
+    assert main(["recover", protected, "--method", "versions", "--out", versions, "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["show", str(train), versions, "--out", str(tmp_path / "v.png"), "--count", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "From left to right: original, jpeg-10, jpeg-10+grayscale" in told
+    assert told.count("PSNR") == 4
+    with Image.open(tmp_path / "v.png") as image:
+        assert image.size == ((3 * 8 + 2 * 4) * 12, (2 * 8 + 4) * 12)
+
+
 def test_skipped_files_are_told_and_give_exit_code_4(
     tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +168,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "unknown method": (
         ["protect", "{clean}", "--out", "{out}", "--method", "em2"],
         2,
-        "Unknown method 'em2'; expected one of em, sem, rem, tap, ucl, tue, lsp, ar, ops, cuda, keyed-em, lock, uge, random",
+        "Unknown method 'em2'; expected one of em, sem, rem, tap, pil, ucl, tue, lsp, ar, ops, cuda, keyed-em, lock, uge, random",
     ),
     "a method that needs a key": (
         ["protect", "{clean}", "--out", "{out}", "--method", "keyed-em"],
@@ -155,6 +199,26 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "budget": (["protect", "{clean}", "--out", "{out}", "--epsilon", "0"], 2, "whole number from 1 to 127"),
     "not a number": (["protect", "{clean}", "--out", "{out}", "--epsilon", "few"], 2, "epsilon"),
     "inside": (["protect", "{clean}", "--out", "{clean}/out"], 7, "its images would be read as well"),
+    "inside by another way": (
+        ["protect", "{clean}", "--out", "{tmp}/empty/../clean/out"],
+        7,
+        "its images would be read as well",
+    ),
+    "inside by a link": (
+        ["protect", "{clean}", "--out", "{tmp}/link/out"],
+        7,
+        "its images would be read as well",
+    ),
+    "metadata": (
+        ["protect", "{clean}", "--out", "{out}", "--metadata", "strp"],
+        2,
+        "Unknown metadata 'strp'; expected keep or strip",
+    ),
+    "location of nothing": (
+        ["recover", "{clean}", "--method", "coin", "--out", "{out}", "--metadata", "strip", "--keep-gps"],
+        2,
+        "Metadata that are stripped keep no location",
+    ),
     "occupied": (["protect", "{clean}", "--out", "{tmp}"], 7, "holds other files"),
     "device": (["protect", "{clean}", "--out", "{out}", "--device", "tpu"], 2, "Unknown device 'tpu'"),
     "size": (["protect", "{clean}", "--out", "{out}", "--size", "0"], 2, "Expected a size of at least 4"),
@@ -204,6 +268,7 @@ def test_errors_are_one_message_and_a_stable_code(
 ) -> None:
     clean = make_folder(blobs(6))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(clean)
     places = {"tmp": tmp_path, "clean": clean, "out": tmp_path / "out"}
     before = tree(clean)
     arguments, code, message = ERRORS[case]
@@ -213,7 +278,7 @@ def test_errors_are_one_message_and_a_stable_code(
     assert "Traceback" not in shown.err + shown.out
     assert shown.err.startswith("privet: ")
     assert tree(clean) == before
-    assert not list((tmp_path / "out").rglob("*.png"))
+    assert not (tmp_path / "out").exists()
     assert code in EXIT_CODES
 
 
@@ -365,6 +430,13 @@ def test_settings_are_read_by_their_types() -> None:
     for wrong in ("views", "=3", "flip=perhaps", "views=1.5"):
         with pytest.raises(UsageError):
             parse_settings(SEM, [wrong])
+
+
+def test_there_is_one_budget() -> None:
+    assert parse_settings(SEM, ["views=1", "views=2"], epsilon=5.0) == {"views": 2, "epsilon": 5}
+    assert parse_settings(SEM, ["epsilon=5"]) == {"epsilon": 5}
+    with pytest.raises(UsageError, match="The budget is given twice"):
+        parse_settings(SEM, ["epsilon=5"], epsilon=6.0)
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -17,8 +19,10 @@ from PIL import Image
 from tests.conftest import blobs
 
 from privet.errors import InputError
+from privet.files import claim, finish, reserve
 from privet.images import ImageSet, align, open_images, pair
-from privet.images.source import _unique_names
+from privet.images import source as module
+from privet.images.open import _unique_names
 
 Make = Callable[..., Path]
 
@@ -148,6 +152,18 @@ def test_parquet_rows_without_image_or_label_are_skipped(tmp_path: Path) -> None
     assert sorted(skip.reason for skip in images.skipped) == ["a row without image", "a row without label"]
 
 
+def test_parquet_labels(tmp_path: Path) -> None:
+    def table(labels: list[Any]) -> Path:
+        rows = {"image": [{"bytes": png(value), "path": None} for value in (1, 2)], "label": labels}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
+        return tmp_path / "x.parquet"
+
+    assert open_images(table([3, 1])).class_names == ("0", "1", "2", "3")
+    assert open_images(table([10**12, 7])).class_names == ("7", "1000000000000")
+    with pytest.raises(InputError, match="no single label for an image in its column 'label', but"):
+        open_images(table([[0, 1], [1]]))
+
+
 def test_a_split_of_a_folder_of_parquet_files(tmp_path: Path) -> None:
     for split, value in (("train", 1), ("test", 2)):
         rows = {"image": [{"bytes": png(value), "path": None}], "label": [0]}
@@ -171,6 +187,7 @@ def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
         return datasets.Dataset.from_dict(rows_of(blobs(4), paths=False), features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(module, "_answers", lambda endpoint: True)
     images = open_images("someone/pictures", split="test")
     assert asked == [("someone/pictures", "test")]
     assert (len(images), images.class_names) == (4, ("a", "b", "c"))
@@ -178,6 +195,30 @@ def test_a_hub_id_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
         InputError, match=r"'nobody/nothing' \(split 'train'\) could not be loaded: no network"
     ):
         open_images("nobody/nothing")
+
+
+def test_without_a_network_a_hub_id_is_looked_up_in_the_cache_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import get_session
+
+    def unplugged(url: str, *, timeout: float) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(get_session(), "head", unplugged)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s to try again"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    before = datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(InputError, match=r"could not be loaded from the cache \(https.* does not answer\)"):
+        open_images("nobody/nothing")
+    assert before == datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("name", ["./photoz", "/photoz", "a/b/photoz", "photoz.parquet", "my/photoz.csv"])
+def test_what_is_no_hub_id_is_not_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_hub", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="There is no file or folder"):
+        open_images(name)
 
 
 def test_the_order_depends_on_contents_alone(tmp_path: Path, make_folder: Make) -> None:
@@ -218,8 +259,21 @@ def test_larger_than_memory_goes_to_a_file(
         available = 0
 
     monkeypatch.setattr("psutil.virtual_memory", Full)
-    mapped = open_images(folder, workspace=tmp_path / "space")
-    assert (tmp_path / "space/pixels.npy").stat().st_size > 6 * 8 * 8 * 3
+    room: list[int] = []
+
+    def watch(file: BinaryIO, size: int, path: Path) -> None:
+        reserve(file, size, path)
+        status = os.fstat(file.fileno())
+        room.append(status.st_size)
+        assert (
+            512 * status.st_blocks >= status.st_size
+        )  # or a disk that is full by then would end the process
+
+    monkeypatch.setattr("privet.images.open.reserve", watch)
+    mapped, other = (open_images(folder, workspace=tmp_path / "space") for _ in range(2))
+    assert room == 2 * [6 * 8 * 8 * 3]
+    assert not list((tmp_path / "space").iterdir())  # nobody else finds it, and nothing stays behind
+    other.pixels.zero_()
     assert torch.equal(mapped.pixels, expected.pixels)
     assert mapped.digest == expected.digest
 
@@ -238,6 +292,7 @@ def test_bad_files_beside_good_ones(tmp_path: Path) -> None:
     (folder / "a/loop").symlink_to(folder / "a")
     (folder / "a/self.png").symlink_to("self.png")
     (folder / "a/gone.png").symlink_to("nowhere.png")
+    (folder / "c").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "a/pipe.png")
     os.makedirs(os.fsencode(str(folder / "b")) + b"/\xff\xfe")
     put(Path(os.fsdecode(os.fsencode(str(folder / "b")) + b"/\xff\xfe/latin.png")), png(6))
@@ -262,9 +317,11 @@ def test_bad_files_beside_good_ones(tmp_path: Path) -> None:
             )
         ),
         "loose.png",
+        "c",
     }
     assert reasons["a/loop"] == "a symbolic link that loops: it leads back to a folder above it"
-    assert "loops" in reasons["a/self.png"]
+    assert reasons["a/self.png"] == "a symbolic link that loops"
+    assert reasons["a/gone.png"] == reasons["c"] == "a symbolic link to nothing"
     assert reasons["a/pipe.png"] == "not a regular file"
     assert "damaged" in reasons["a/truncated.png"]
     assert reasons["a/empty.jpg"] == "empty file"
@@ -287,10 +344,67 @@ def test_a_manifest_is_read_as_it_is_and_left_so(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_split_of_a_folder_is_a_folder_of_classes(tmp_path: Path) -> None:
+def test_a_split_of_a_folder_is_a_folder_of_its_own(tmp_path: Path) -> None:
     put(tmp_path / "train/a/0.png", png(1))
     put(tmp_path / "test/b/0.png", png(2))
+    put(tmp_path / "val/x.png", png(3))
+    (tmp_path / "val/metadata.csv").write_text("path,label\nx.png,c\n")
     assert by_name(open_images(tmp_path, split="test")) == {"b/0": ("b", 2)}
+    assert by_name(open_images(tmp_path, split="val")) == {"x": ("c", 3)}
+    with pytest.raises(InputError, match="no folder of the split 'eval'; it has test, train, val"):
+        open_images(tmp_path, split="eval")
+
+
+def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    for split in ("train", "Test"):
+        put(tmp_path / split / "a/0.png", png(len(split)))
+    with pytest.raises(InputError, match=r"splits in place of classes: Test, train\. Name one with --split"):
+        open_images(tmp_path)
+    put(tmp_path / "bus/0.png", png(9))  # then they are vehicles and exams
+    assert open_images(tmp_path).class_names == ("Test", "bus", "train")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    put(tmp_path / "train/0.png", png(1))
+    put(tmp_path / "test/0.png", png(2))
+    assert open_images(tmp_path).class_names == ("test", "train")
+
+
+@pytest.mark.parametrize("file", ["x.csv", "metadata.csv"])
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path, file: str) -> None:
+    put(tmp_path / "x.png", png(7))
+    table = put(tmp_path / file, b"path,label\nx.png,3\n")
+    with pytest.raises(InputError, match="has no splits, but the split 'test' was asked for"):
+        open_images(tmp_path if file == "metadata.csv" else table, split="test")
+
+
+def test_an_unfinished_run_is_no_image_set(tmp_path: Path) -> None:
+    put(tmp_path / "a/0.png", png(1))
+    claim(tmp_path / "b", {"run": 1})
+    put(tmp_path / "b/a/0.png", png(1))
+    with pytest.raises(InputError, match="b holds an unfinished run: images may be missing"):
+        open_images(tmp_path / "b")
+    finish(tmp_path / "b", {"run": 1}, {})
+    assert len(open_images(tmp_path / "b")) == 1
+
+
+def test_what_lies_beside_an_image_does_not_change_its_name(tmp_path: Path) -> None:
+    for file in ("a/x.jpg", "a/y.png", "a/y.bmp"):
+        put(tmp_path / file, png(len(file)))
+    for file in ("a/x.txt", "a/x.xmp", "a/x.jpg.XMP"):
+        put(tmp_path / file, b"about it")
+    images = open_images(tmp_path)
+    assert sorted(images.names) == ["a/x", "a/y.bmp", "a/y.png"]
+    assert [skip.file for skip in images.skipped] == ["a/x.txt"]  # sidecars are known to be none
+
+
+def test_labels_that_are_one_number_have_one_order(tmp_path: Path) -> None:
+    labels = [f"{'0' * zeros}7" for zeros in range(6)]
+    for index, label in enumerate(labels):
+        put(tmp_path / f"{label}.png", png(index))
+    rows = [f"{label}.png,{label}" for label in labels]
+    put(tmp_path / "t.csv", "\n".join(["path,label", *rows]).encode())
+    assert open_images(tmp_path / "t.csv").class_names == tuple(sorted(labels))
 
 
 def test_what_is_skipped_does_not_decide_at_which_size_others_are_seen(tmp_path: Path) -> None:

@@ -183,6 +183,22 @@ def test_xmp_keeps_credits_without_places_and_thumbnails(source: str, format: st
     assert xmp(encode(decode(file(RGB, source, xmp=plain.encode())), format=format)) == plain
 
 
+@pytest.mark.parametrize("format", ["png", "webp"])
+@pytest.mark.parametrize("source", ["WEBP", "JPEG", "TIFF"])
+@pytest.mark.parametrize(
+    "property", [' tiff:Orientation="6"/>', "><tiff:Orientation>6</tiff:Orientation></d>"]
+)
+def test_what_xmp_tells_of_the_old_orientation_does_not_turn_the_new_file(
+    property: str, source: str, format: str
+) -> None:
+    packet = f'<d xmlns:tiff="http://ns.adobe.com/tiff/1.0/"{property}'.encode()
+    tags = {"tiffinfo": {700: packet}} if source == "TIFF" else {"xmp": packet}
+    data = file(RGB, source, **tags)
+    picture = decode(data)
+    assert picture.size == measure(data) == (30, 20)
+    assert np.array_equal(decode(encode(picture, format=format)).rgb, picture.rgb)
+
+
 @pytest.mark.parametrize(
     "packet",
     [

@@ -18,6 +18,7 @@ from privet.errors import BudgetError, OutputError, UsageError
 from privet.files import sha256
 from privet.images import Budget, ImageSet, open_images, write_images
 from privet.images import write as module
+from privet.images.write import still_there
 
 Make = Callable[..., Path]
 
@@ -155,6 +156,8 @@ def test_jpeg_and_unknown_formats_are_refused(tmp_path: Path) -> None:
         write_images(images, images, tmp_path, format="jpg")
     with pytest.raises(UsageError, match="Unknown metadata 'drop'; expected keep or strip"):
         write_images(images, images, tmp_path, metadata="drop")
+    with pytest.raises(UsageError, match="Metadata that are stripped keep no location"):
+        write_images(images, images, tmp_path, metadata="strip", gps=True)
 
 
 def test_an_unwritable_place_is_one_error(tmp_path: Path) -> None:
@@ -196,9 +199,52 @@ def test_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path, make_fold
     assert tree(tmp_path / "1") == tree(tmp_path / "5")
 
 
-def test_parquet_is_the_hub_s_layout(tmp_path: Path, make_folder: Make) -> None:
-    images = open_images(make_folder(blobs(5)))
+def test_large_images_fill_a_parquet_file_sooner(
+    tmp_path: Path, make_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHARD_PIXELS", 3 * 64)
+    images = open_images(make_folder(blobs(7)))
     write_images(images, shifted(images), tmp_path / "out", format="parquet")
+    sizes = [
+        datasets.Dataset.from_parquet(str(path)).num_rows for path in sorted(tmp_path.glob("out/*.parquet"))
+    ]
+    assert sizes == [3, 3, 1]
+    assert sorted(open_images(tmp_path / "out").names) == sorted(images.names)
+    monkeypatch.setattr(module, "SHARD_PIXELS", 1)
+    write_images(images, shifted(images), tmp_path / "single", format="parquet")
+    assert len(list(tmp_path.glob("single/*.parquet"))) == 7
+
+
+def test_a_damaged_parquet_file_is_written_again(
+    tmp_path: Path, make_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHARD", 4)
+    folder = make_folder(blobs(9))
+    (folder / "0/0000.png").write_bytes(b"broken")
+    images = open_images(folder)
+    records = write_images(images, shifted(images), tmp_path / "out", format="parquet").records
+    before = tree(tmp_path / "out")
+    assert still_there(tmp_path / "out", records)
+    shard = tmp_path / "out/train-00001.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert not still_there(tmp_path / "out", records)
+    again = write_images(images, shifted(images), tmp_path / "out", format="parquet").records
+    after = tree(tmp_path / "out")
+    assert again == records
+    assert {name: after[name] for name in before if ".privet" not in name} == {
+        name: before[name] for name in before if ".privet" not in name
+    }
+
+
+def test_parquet_is_the_hub_s_layout(
+    tmp_path: Path, make_folder: Make, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = open_images(make_folder(blobs(5)))
+    datasets.enable_progress_bars()
+    write_images(images, shifted(images), tmp_path / "out", format="parquet")
+    assert capfd.readouterr().err == ""
     table = datasets.Dataset.from_parquet(str(tmp_path / "out/train-00000.parquet"))
     assert isinstance(table, datasets.Dataset)
     assert isinstance(table.features["image"], datasets.Image)

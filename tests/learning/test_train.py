@@ -275,7 +275,9 @@ def test_a_study_writes_weights_and_record(runtime: Runtime, tmp_path: Path, mak
     before = tree(tmp_path / "out")
     assert study(train, test, TINY, tmp_path / "out", runtime=runtime).history == learned.history
     assert tree(tmp_path / "out") == before
-    with pytest.raises(OutputError, match="holds a finished run with other settings: seed was 0 and is 1 now"):
+    with pytest.raises(
+        OutputError, match="holds a finished run with other settings: seed was 0 and is 1 now"
+    ):
         study(train, test, TINY, tmp_path / "out", runtime=runtime, seed=1)
 
 

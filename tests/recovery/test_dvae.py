@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +59,39 @@ def test_class_wise_noise_is_subtracted(method: OPS | LSP, runtime: Runtime) -> 
     assert shortcut(recovered) < 0.4 * shortcut(protected)
     similar = F.cosine_similarity(recovered.pixels.float().flatten(1) - 125, clean.flatten(1) - 125)
     assert float(similar.mean()) > 0.2  # what people see is on its way, after 150 steps
+
+
+def test_the_loss_is_the_papers() -> None:
+    draws = torch.Generator().manual_seed(0)
+    x, reconstruction = torch.rand(2, 2, 3, 4, 5, generator=draws)
+    noise = 0.2 * torch.randn(2, 3, 4, 5, generator=draws)
+    method = DVAE(weight=0.3)
+    together = np.clip(reconstruction.numpy() + noise.numpy(), 0, 1)
+    errors = np.mean((reconstruction - x).numpy() ** 2) + np.mean((together - x.numpy()) ** 2)
+    large, small = float((noise**2).mean()), torch.full_like(noise, 0.04)
+    assert large > 0.002 > float((small**2).mean())
+    for rate, free, carried in ((2.0, 1.5, 2.0), (1.0, 1.5, 1.5)):
+        for late, penalty in ((False, 0.0), (True, large)):
+            found = method._loss(x, reconstruction, noise, torch.tensor(rate), free=free, late=late)
+            assert float(found) == pytest.approx(errors + 0.3 * carried + penalty, rel=1e-5)
+    unpunished, punished = (
+        method._loss(x, x, small, torch.tensor(0.0), free=0.0, late=late) for late in (False, True)
+    )
+    assert float(punished - unpunished) == pytest.approx(0.002, rel=1e-3)
+
+
+def test_both_networks_are_trained_by_it(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, bool]] = []
+    plain: Any = DVAE._loss
+
+    def spy(self: DVAE, *given: Any, free: float, late: bool) -> Any:
+        asked.append((free, late))
+        return plain(self, *given, free=free, late=late)
+
+    monkeypatch.setattr(DVAE, "_loss", spy)
+    DVAE(width=4, epochs=6, batch_size=4, rates=(0.5, 2.5)).recover(blobs(8), Job(runtime=runtime))
+    each = 2 * [False] + 10 * [True]  # two steps an epoch
+    assert asked == [(free, late) for free in (0.5, 2.5) for late in each]
 
 
 def test_names_and_settings() -> None:

@@ -15,6 +15,7 @@ from tests.conftest import blobs
 from torch import Tensor
 
 from privet.errors import UsageError
+from privet.images import ImageSet
 from privet.learning import Job, Runtime
 from privet.recovery import (
     AVATAR,
@@ -22,6 +23,7 @@ from privet.recovery import (
     DVAE,
     JCDP,
     PriorTraining,
+    Projection,
     Purify,
     create_recovery,
     noise_error,
@@ -51,6 +53,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     prior = Prior(model=Third(), kept=kept, max_t=1000, about={}, images=frozenset())
     monkeypatch.setattr("privet.recovery.diffusion.load_prior", lambda *_, **__: prior)
+    monkeypatch.setattr("privet.recovery.diffusion.weigh", lambda _: 1)
     return [float(share) for share in kept]
 
 
@@ -154,6 +157,58 @@ def test_a_prior_learns_its_own_times_and_no_mirrored_images(
         assert float((noisy[:, None] - x).abs().amax((2, 3, 4)).amin(1).max()) < 0.1
 
 
+def test_half_of_the_images_are_mirrored_and_the_other_half_is_not(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = learned(blobs(16, size=(8, 6)), 8, runtime, tmp_path, monkeypatch, flip=True)
+    x = to_unit(blobs(16, size=(8, 6)).pixels, runtime.device)
+    plain, mirrored = ((seen[:, None] - one).abs().amax((2, 3, 4)).amin(1) < 0.1 for one in (x, x.flip(3)))
+    assert bool((plain ^ mirrored).all())
+    assert 0.3 < float(mirrored.float().mean()) < 0.7
+
+
+def test_crops_come_from_everywhere(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, columns = torch.meshgrid(torch.arange(70), torch.arange(80), indexing="ij")
+    pixels = torch.stack((3 * rows, 3 * columns, 0 * rows)).expand(16, 3, 70, 80).to(torch.uint8)
+    images = ImageSet.from_arrays(pixels, torch.zeros(16, dtype=torch.int64))
+    seen = (learned(images, 4, runtime, tmp_path, monkeypatch, flip=False) + 1) * 127.5 / 3
+    steps = torch.arange(64.0)
+    top = (seen[:, 0] - steps.view(64, 1)).mean((1, 2))
+    left = (seen[:, 1] - steps).mean((1, 2))
+    for found, most in ((top, 6), (left, 16)):
+        assert float((found - found.round()).abs().max()) < 0.1  # whole rows and columns, in their order
+        assert set(found.round().int().tolist()) <= set(range(most + 1))
+        assert len(found.round().unique()) > most / 2
+        assert float(found.min()) < most / 6 and float(found.max()) > most * 5 / 6
+    assert abs(float(torch.corrcoef(torch.stack((top, left)))[0, 1])) < 0.5
+
+
+def learned(
+    images: ImageSet,
+    steps: int,
+    runtime: Runtime,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    flip: bool,
+) -> Tensor:
+    """Return what a prior learns from, all images in every step, hardly noised."""
+    seen: list[Tensor] = []
+
+    def spy(network: Any, noisy: Tensor, time: Any, **rest: Any) -> Tensor:
+        if isinstance(time, Tensor):  # else it is asked, and no longer taught
+            seen.append(noisy.detach())
+        return predict_noise(network, noisy, time, **rest)
+
+    monkeypatch.setattr(prior_training, "predict_noise", spy)
+    training = PriorTraining(scale="tiny", steps=steps, batch_size=len(images), max_t=1, flip=flip)
+    train_prior(images, training, tmp_path / "out", runtime=runtime)
+    assert len(seen) == steps
+    return torch.cat(seen)
+
+
 def test_the_average_of_the_weights_is_kept(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,3 +287,18 @@ def test_the_second_autoencoder_learns_what_the_first_left(
     images = blobs(6)
     DVAE(width=4, epochs=2).recover(images, Job(runtime=runtime))
     assert torch.equal(given[0], images.pixels) and not torch.equal(given[1], images.pixels)
+
+
+def test_the_straight_line_is_fitted_ever_more_slowly(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    plain: Any = torch.optim.SGD.step
+
+    def spy(self: torch.optim.SGD, *rest: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *rest)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    Projection(epochs=8, batch_size=4).recover(blobs(6), Job(runtime=runtime))
+    assert rates == pytest.approx(8 * [0.1] + 4 * [0.01] + 4 * [0.001])  # two steps an epoch

@@ -6,19 +6,24 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
 from torch import Tensor
 
+from privet.cli import main
 from privet.errors import InputError, UsageError
 from privet.images import ImageSet, compare_all, open_images
 from privet.learning import Job, Runtime
+from privet.learning.runtime import use_threads
 from privet.recovery import (
     AVATAR,
     JCDP,
@@ -33,7 +38,7 @@ from privet.recovery import (
 )
 from privet.recovery.diffusion import DiffusionRecovery, ImageNoise, renoise, to_pixels, to_unit, walk_back
 from privet.recovery.perceptual import features, perceptual_gradient
-from privet.recovery.prior import Prior, fingerprints
+from privet.recovery.prior import SCHEDULING, Prior, fingerprints
 from privet.recovery.prior_training import SCALES
 
 pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
@@ -231,9 +236,7 @@ class TestEvery:
     def test_interrupted_it_ends_with_the_same_bytes(
         self, name: str, folder: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from privet.learning import chunks
-
-        monkeypatch.setattr(chunks, "CHUNK", 3)
+        monkeypatch.setattr("privet.recovery.diffusion.PIECE", 3)
         method, settings, _ = METHODS[name]
         recovery = method(prior=str(folder), **settings)  # type: ignore[arg-type]
         images = blobs(8)
@@ -254,7 +257,11 @@ class TestEvery:
     def test_times_the_prior_never_saw_are_refused(self, name: str, folder: Path, runtime: Runtime) -> None:
         method, _, _ = METHODS[name]
         late = {"levels": (300, 20)} if name == "purify" else {"time": 300}
-        with pytest.raises(UsageError, match="trained for times below 250, and is asked for 300"):
+        with pytest.raises(
+            UsageError,
+            match=r"times below 250, and is asked for 300. Recover with a --method that noises images less \(jcdp, "
+            r"purify-gently\), or train a prior with --max-t 301",
+        ):
             method(prior=str(folder), **late).recover(blobs(2), Job(runtime=runtime))  # type: ignore[arg-type]
 
 
@@ -265,6 +272,7 @@ def test_purify_with_an_exact_prior_gives_the_clean_image(
     protected = clean.with_pixels(clean.pixels + 8)
     prior = exact(to_unit(clean.pixels, runtime.device))
     monkeypatch.setattr("privet.recovery.diffusion.load_prior", lambda *_, **__: prior)
+    monkeypatch.setattr("privet.recovery.diffusion.weigh", lambda _: 1)
     job = Job(runtime=runtime)
     assert torch.equal(Purify(prior="x").recover(protected, job).pixels, clean.pixels)
     assert prior.model.calls == 4
@@ -379,6 +387,19 @@ def test_a_prior_s_error_is_least_on_what_it_knows(runtime: Runtime, monkeypatch
     assert other == pytest.approx(float(apart.square().mean()) * kept / (1 - kept), rel=0.05)
 
 
+SCHEDULES: dict[str, dict[str, object]] = {
+    "rising": {"beta_start": -0.01, "beta_end": -0.01},
+    "beyond": {"beta_end": 3.0},
+    "standing still": {"trained_betas": [0.0] * 1000},
+    "no betas": {"trained_betas": []},
+    "unknown betas": {"trained_betas": [math.nan] * 1000},
+    "rows of betas": {"trained_betas": [[0.01]] * 1000},
+    "imaginary": {"beta_schedule": "scaled_linear", "beta_start": -0.01},
+    "endless": {"num_train_timesteps": 10**12},
+    "timeless": {"num_train_timesteps": "many"},
+}
+
+
 def broken(folder: Path, tmp_path: Path, how: str) -> Path:
     copy = tmp_path / how
     shutil.copytree(folder, copy)
@@ -404,8 +425,22 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     elif how == "not json":
         config.write_text("{")
+    elif how == "no number":
+        state = safetensors.torch.load_file(weights)
+        state["conv_in.bias"][3] = math.nan
+        safetensors.torch.save_file(state, weights)
+    elif how in SCHEDULES:
+        schedule = copy / "scheduler/scheduler_config.json"
+        schedule.write_text(json.dumps({**json.loads(schedule.read_text()), **SCHEDULES[how]}))
+    elif how == "unknown times":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "time_embedding_type": "x"}))
     elif how == "damaged record":
         (copy / "prior.json").write_text(json.dumps({"range": [-1.0, 1.0], "max_t": "late"}))
+    elif how == "empty training":
+        about = copy / "prior.json"
+        about.write_text(json.dumps({**json.loads(about.read_text()), "training": {}}))
+    elif how == "empty record":
+        (copy / "prior.json").write_text("{}")
     elif how == "range":
         about = copy / "prior.json"
         about.write_text(json.dumps({**json.loads(about.read_text()), "range": [0.0, 1.0]}))
@@ -449,6 +484,19 @@ def broken(folder: Path, tmp_path: Path, how: str) -> Path:
         ("nonsense", "does not fit its own config.json"),
         ("not json", "is not a JSON file"),
         ("damaged record", "prior.json is not a record that 'privet prior train' wrote"),
+        ("empty training", "prior.json is not a record that 'privet prior train' wrote"),
+        ("empty record", "prior.json is not a record that 'privet prior train' wrote"),
+        ("no number", r"holds values that are no numbers, in conv_in.bias"),
+        ("unknown times", "does not fit its own config.json"),
+        ("rising", "makes no sense: expected betas between 0 and 1"),
+        ("beyond", "makes no sense: expected betas between 0 and 1"),
+        ("standing still", "makes no sense: expected betas between 0 and 1"),
+        ("no betas", "makes no sense: expected betas between 0 and 1"),
+        ("unknown betas", "makes no sense: expected betas between 0 and 1"),
+        ("rows of betas", "makes no sense: expected betas between 0 and 1"),
+        ("imaginary", "has a noise schedule that diffusers does not know"),
+        ("endless", "has a noise schedule of 1000000000000 times; expected 1 to 100,000"),
+        ("timeless", "has a noise schedule of 'many' times; expected 1 to 100,000"),
         ("range", r"works on values in \[0.0, 1.0\]; expected \[-1.0, 1.0\]"),
         ("v prediction", "predicts 'v_prediction'; only noise predictors"),
         ("another schedule", "has the noise schedule of ScoreSdeVeScheduler, without betas"),
@@ -490,8 +538,109 @@ def test_a_schedule_without_signal_at_the_end_is_diffusers_own(
     shutil.copytree(folder, copy)
     path = copy / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    (copy / "prior.json").unlink()
     expected = DDPMScheduler.from_pretrained(copy / "scheduler").alphas_cumprod
-    assert torch.equal(load_prior(copy, runtime=runtime).kept, expected)
+    prior = load_prior(copy, runtime=runtime)
+    assert torch.equal(prior.kept, expected)
+    assert expected[-1] == 0 and prior.max_t == 999  # of the last time there is no way back
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("tiny"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def spoiled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(folder, tmp_path_factory.mktemp("spoiled") / "prior"))
+
+
+RECORD = ("training", "images", "size", "crop", "max_t", "loss", "range", "seed", "torch")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    record=VALUES | st.dictionaries(st.sampled_from(RECORD), VALUES, max_size=3),
+    training=st.dictionaries(st.sampled_from(("scale", "steps", "batch_size")), VALUES, max_size=2),
+)
+def test_whatever_is_in_a_record_is_told_or_one_error(
+    folder: Path, spoiled: Path, monkeypatch: pytest.MonkeyPatch, record: Any, training: dict[str, object]
+) -> None:
+    """Half of the records are like a real one but for a few entries."""
+    monkeypatch.setattr("privet.recovery.prior._network", lambda _: torch.nn.Identity())
+    real = json.loads((folder / "prior.json").read_text())
+    if isinstance(record, dict):
+        record = {**real, "training": {**real["training"], **training}, **record}
+    (spoiled / "prior.json").write_text(json.dumps(record))
+    assert main(["prior", "info", str(spoiled)]) in (0, InputError.exit_code)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(SCHEDULING), VALUES | st.floats(0, 0.1), max_size=3))
+def test_whatever_is_in_a_schedule_never_gives_more_of_an_image(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    monkeypatch.setattr("privet.recovery.prior._network", lambda _: torch.nn.Identity())
+    real = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    place = tmp_path / "prior/scheduler"
+    shutil.copytree(folder / "unet", tmp_path / "prior/unet", dirs_exist_ok=True)
+    place.mkdir(exist_ok=True)
+    (place / "scheduler_config.json").write_text(json.dumps({**real, **changes}))
+    runtime = Runtime(device=torch.device("cpu"))
+    try:
+        prior = load_prior(tmp_path / "prior", runtime=runtime)
+    except InputError:
+        return
+    kept = torch.cat([torch.ones(1), prior.kept])
+    assert bool((kept.diff() < 0).all()) and bool((prior.kept[: prior.max_t] > 0).all())
+
+
+@pytest.mark.parametrize(("loss", "blind"), [(0.3, False), (0.89, False), (0.9, True), (1.1, True)])
+def test_a_prior_that_takes_next_to_no_noise_off_is_blind(folder: Path, loss: float, blind: bool) -> None:
+    prior = exact(torch.zeros(1, 3, 8, 8))
+    assert replace(prior, about={"loss": loss}).blind is blind
+    assert not prior.blind  # nobody knows
+
+
+def test_what_is_denoised_together_is_done_within_seconds(folder: Path, runtime: Runtime) -> None:
+    recovery = AVATAR(prior=str(folder))  # of 2.5 MB
+
+    def together(side: int, on: Runtime = runtime) -> int | None:
+        return recovery._together(blobs(1, size=(side, side)), Job(runtime=on))
+
+    assert [together(side) for side in (8, 32, 64, 100, 300)] == [16, 16, 4, 2, 1]
+    assert together(32, Runtime(device=torch.device("cuda"))) is None
+    with use_threads(3):
+        assert together(32) == 48
+
+
+def test_progress_moves_within_a_chunk(folder: Path, runtime: Runtime) -> None:
+    told: list[tuple[str, int, int]] = []
+    job = Job(runtime=runtime, progress=lambda *report: told.append(report))
+    JCDP(prior=str(folder), rounds=1, time=2).recover(blobs(40), job)
+    assert told == [("recovering", done, 40) for done in (16, 32, 40)]
+
+
+def test_cores_share_what_is_denoised(
+    folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior, noisy = load_prior(folder, runtime=runtime), torch.randn(40, 3, 8, 8)
+    sizes: list[int] = []
+    model = prior.model.forward
+
+    def watch(piece: Tensor, *rest: Any) -> Any:
+        sizes.append(len(piece))
+        return model(piece, *rest)
+
+    monkeypatch.setattr(prior.model, "forward", watch)
+    expected = prior.noise(noisy, 20, runtime=runtime)
+    assert sizes == [16, 16, 8]
+    sizes.clear()
+    with use_threads(4):
+        torch.testing.assert_close(prior.noise(noisy, 20, runtime=runtime), expected, atol=1e-5, rtol=1e-4)
+    assert sizes == [10, 10, 10, 10]
 
 
 @pytest.mark.parametrize("size", [(30, 22), (5, 7)])

@@ -58,7 +58,7 @@ class Files:
         Side in pixels at which networks see the images (default: their own if all are alike and at most 224,
         else 224). Files keep their own size.
     split
-        Split of a hub data set or of a folder of Parquet files.
+        Split of a hub data set or of a folder of Parquet files, or the folder of a folder that is meant (train, test).
     limit
         Use only so many of the images.
     format
@@ -66,7 +66,7 @@ class Files:
     metadata
         keep or strip. GPS and fields that name a place are stripped in any case, unless --keep-gps is given.
     keep_gps
-        Keep GPS and places in the metadata.
+        Keep GPS and places in the metadata; not with --metadata strip.
     workers
         Files decoded and encoded at a time.
     """
@@ -92,11 +92,10 @@ class Files:
             what: what was done to the images, as in "protected".
         """
         from privet.images import open_images
-        from privet.images.picture import check_format
+        from privet.images.write import check_writing
 
-        if self.format != "parquet":
-            check_format(self.format)
-        if Path(source).exists() and out.absolute().is_relative_to(Path(source).absolute()):
+        check_writing(format=self.format, metadata=self.metadata, gps=self.keep_gps)
+        if Path(source).exists() and out.resolve().is_relative_to(Path(source).resolve()):
             raise OutputError(
                 f"{out} lies inside {source}; its images would be read as well. Choose another folder."
             )
@@ -179,14 +178,26 @@ class Clients:
 
         Raises:
             InputError: there are no images.
-            UsageError: neither a model nor an architecture is given, or both.
+            UsageError: there are records of updates in the place of images; or neither a model nor an architecture is
+                given, or both.
         """
         from privet.images import align, open_images
+        from privet.learning.update_files import RECORD
         from privet.models import create_model, load_model
 
+        # A record itself, several as in updates, those of a federation, or one of several that is not there.
+        folder, places = Path(source), (RECORD, f"*/{RECORD}", f"updates/*/{RECORD}")
+        if not folder.exists() and folder.parent.name:
+            folder = folder.parent
+        if records := [path.parent for place in places for path in sorted(folder.glob(place))]:
+            raise UsageError(
+                f"{folder} holds what clients sent ({len(records)} in all), and no images to simulate clients with. "
+                f"Attack one record: privet invert {records[0]}"
+            )
         if (self.model is None) == (self.architecture is None):
             raise UsageError(
-                f"{source} is no record of an update, so clients are simulated: give either --model or --architecture."
+                f"{source} is no record of an update, so clients are simulated with its images: give either --model or "
+                "--architecture."
             )
         if self.model is not None:
             network, about = load_model(self.model)

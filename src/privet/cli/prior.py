@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import App
 from rich.markup import escape
 
 from privet.cli.options import MACHINE, Machine
-from privet.cli.screen import progress, say
+from privet.cli.screen import doubt, progress, say
 from privet.errors import OK
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from privet.recovery import Prior
 
 prior = App(name="prior", help="Train the diffusion prior that recoveries denoise with, or describe one.")
 
@@ -66,9 +70,15 @@ def train(
         Where it runs.
     """
     from privet.images import open_images
+    from privet.learning import protection_record
     from privet.recovery import PriorTraining, train_prior
 
     here = machine.find()
+    if here.rank == 0 and (protection := protection_record(source)):
+        doubt(
+            f"{source} was protected with {protection['method']}: a prior that learns its noise takes none of it off "
+            "other images. Train it on unprotected ones."
+        )
     training = PriorTraining(
         scale=scale,
         steps=steps,
@@ -82,6 +92,7 @@ def train(
         made = train_prior(images, training, out, runtime=here, seed=seed, progress=listener)
     if here.rank == 0:
         say(f"Prior written to {escape(str(out))}: mean squared error of its noise {made.about['loss']:.4f}")
+        doubt_blind(made)
     return OK
 
 
@@ -106,6 +117,16 @@ def info(source: str, /) -> int:
         say(f"trained on: {found.about['images']:,} images, {'x'.join(map(str, found.about['size']))} px")
         say(f"training: {training['scale']}, {training['steps']:,} steps of {training['batch_size']}")
         say(f"mean squared error of its noise: {found.about['loss']:.4f}")
+        doubt_blind(found)
     else:
         say("trained on: unknown, so an audit cannot tell whether it has seen what it recovers")
     return OK
+
+
+def doubt_blind(found: Prior) -> None:
+    """Say so if a prior is known to take next to no noise off images."""
+    if found.blind:
+        doubt(
+            f"this prior is blind: its error is {found.about['loss']:.2f}, and 1 is that of seeing no noise at all, so "
+            "that recoveries with it add noise and take hardly any off. Train one with more --steps."
+        )

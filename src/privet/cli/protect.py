@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from rich.markup import escape
 
 from privet.cli.options import FILES, MACHINE, Files, Machine, split
+from privet.cli.screen import say
 from privet.errors import UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -41,8 +43,8 @@ def protect(
     out
         New folder for the protected images, manifest.jsonl, run.json and the surrogate.
     method
-        em, sem, rem, tap (noise that nobody sees); ucl, tue (likewise, against learners without labels); lsp, ar, ops,
-        cuda (seconds, but visible); or random (the control, which does not protect). keyed-em, lock and uge, which
+        em, sem, rem, tap, pil (noise that nobody sees); ucl, tue (likewise, against learners without labels); lsp, ar,
+        ops, cuda (seconds, but visible); or random (the control, which does not protect). keyed-em, lock and uge, which
         need a key, have their own verb: privet license protect.
     preset
         paper (the published settings; needs a GPU) or cpu (small and short).
@@ -53,7 +55,8 @@ def protect(
     set
         Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
     surrogate
-        A surrogate.safetensors of an earlier run with the same classes: protect further images without training.
+        A surrogate.safetensors of an earlier run on these classes (it may know more): protect further images without
+        training.
     seed
         The same seed gives the same bytes.
     files
@@ -62,26 +65,37 @@ def protect(
         Where it runs.
     """
     from privet.protection import METHODS, publish
+    from privet.protection.surrogate import FILE
 
     if method not in METHODS:
         raise UsageError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
     here, kind = machine.find(), METHODS[method]
-    settings = parse_settings(kind, set or [])
-    if epsilon is not None:
-        settings["epsilon"] = int(epsilon) if epsilon.is_integer() else epsilon
+    settings = parse_settings(kind, set or [], epsilon=epsilon)
     chosen = kind.preset(preset or ("paper" if here.device.type == "cuda" else "cpu"), **settings)
 
     def change(images: ImageSet, **writing: Any) -> Publication:
         return publish(images, chosen, out, runtime=here, seed=seed, surrogate=surrogate, **writing)
 
-    return files.change(source, out, change, rank=here.rank, what=f"protected with {method}")
+    code = files.change(source, out, change, rank=here.rank, what=f"protected with {method}")
+    if here.rank == 0 and (out / FILE).exists():
+        say(
+            f"{escape(str(out / FILE))} is private: it helps to undo the protection. Do not publish it with the images."
+        )
+    return code
 
 
-def parse_settings(kind: type[Any], assignments: list[str]) -> dict[str, Any]:
+def parse_settings(
+    kind: type[Any], assignments: list[str], *, epsilon: float | None = None
+) -> dict[str, Any]:
     """Turn NAME=VALUE into a method's settings, by the types of its fields.
 
+    Args:
+        kind: the method.
+        assignments: as they were given; of two for one setting the last counts.
+        epsilon: one more setting, which has an option of its own, or None if that was left out.
+
     Raises:
-        UsageError: not an assignment, no such setting, or a value of another type.
+        UsageError: not an assignment, no such setting, a value of another type, or two budgets.
     """
     # What is not shown is secret, and no argument, which other users of the machine could see.
     types = {field.name: str(field.type) for field in dataclasses.fields(kind) if field.repr}
@@ -97,6 +111,10 @@ def parse_settings(kind: type[Any], assignments: list[str]) -> dict[str, Any]:
             settings[name] = _convert(types[name], value.strip())
         except ValueError as error:
             raise UsageError(f"Expected {name} as {types[name]}, got {value!r}.") from error
+    if epsilon is not None:
+        if "epsilon" in settings:
+            raise UsageError("The budget is given twice: leave out --epsilon or --set epsilon.")
+        settings["epsilon"] = int(epsilon) if float(epsilon).is_integer() else epsilon
     return settings
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from privet.cli.options import FILES, MACHINE, Files, Machine
+from privet.cli.prior import doubt_blind
+from privet.errors import UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from privet.images import ImageSet
@@ -48,9 +50,15 @@ def recover(
     machine
         Where it runs.
     """
-    from privet.recovery import create_recovery, restore
+    from privet.recovery import create_recovery, load_prior, restore, uses_prior
 
     recovery, here = create_recovery(method, prior=prior), machine.find()
+    if prior is not None:
+        if not uses_prior(method, given=True):
+            raise UsageError(f"{method} does not denoise with a prior: leave --prior out.")
+        found = load_prior(prior, runtime=here)
+        if here.rank == 0:
+            doubt_blind(found)
 
     def change(images: ImageSet, **writing: Any) -> Publication:
         return restore(images, recovery, out, runtime=here, seed=seed, **writing)

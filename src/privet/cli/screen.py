@@ -33,6 +33,11 @@ def say(text: str) -> None:
     get_console().print(text, soft_wrap=True)
 
 
+def doubt(text: str) -> None:
+    """Print why what is done may be worth little."""
+    say(f"[yellow]Doubt:[/] {escape(text)}")
+
+
 @contextlib.contextmanager
 def progress(rank: int = 0) -> Iterator[Listener]:
     """Yield a listener that draws a bar on a terminal, and prints a line now and then elsewhere.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import psutil
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from privet.errors import InputError, UsageError
-from privet.files import sha256
+from privet.files import reserve, sha256
 from privet.images.image_set import ImageSet, SourceFile
 from privet.images.picture import PictureError, decode, measure
 from privet.images.source import Item, Skip, find_images
@@ -31,6 +34,7 @@ def open_images(
     size: int | tuple[int, int] | None = None,
     split: str | None = None,
     limit: int | None = None,
+    labelled: bool = True,
     workers: int = 4,
     workspace: Path | None = None,
     progress: Progress = silent,
@@ -46,8 +50,10 @@ def open_images(
         size: the side, in pixels, at which networks see the images; they are resized to a square
             (or to this height and width). Left out, images that all have one size of at most 224 px
             keep it, and others become 224 px. Files keep their own size whatever this is.
-        split: of a hub data set or of a folder of Parquet files.
+        split: of a hub data set or of a folder of Parquet files ("train" if left out); or which folder of a folder.
         limit: use only so many images, the first in the order above.
+        labelled: whether classes are needed; if not, a folder may hold images however they lie, all of one class, and
+            the source may be one image.
         workers: files decoded at a time.
         workspace: a folder for pixels that do not fit into memory.
         progress: told about images read.
@@ -58,17 +64,23 @@ def open_images(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"Expected a limit of at least 1 image, got {limit}.")
-    found = find_images(source, split=split)
+    found = find_images(source, split=split, labelled=labelled)
     skipped = list(found.skipped)
     total = len(found.items)
 
-    headers: list[tuple[str, Item, tuple[int, int]]] = []
+    opened: list[tuple[Item, tuple[str, tuple[int, int]]]] = []
     for done, (item, header) in enumerate(ordered(_header, found.items, workers), start=1):
         progress("reading headers", done, total)
         if isinstance(header, Skip):
             skipped.append(header)
         else:
-            headers.append((header[0], item, header[1]))
+            opened.append((item, header))
+    # Of images alone, so that a caption beside one does not change its name.
+    names = _unique_names([item.file for item, _ in opened])
+    headers = [
+        (digest, item if item.name else replace(item, name=name), extent)
+        for (item, (digest, extent)), name in zip(opened, names, strict=True)
+    ]
     headers.sort(key=lambda entry: (entry[0], entry[1].name))
     headers = headers[:limit]
     shape = _working_size([entry[2] for entry in headers], size)
@@ -100,6 +112,18 @@ def open_images(
         ),
         skipped=tuple(sorted(skipped, key=lambda skip: (skip.file, skip.reason))),
     )
+
+
+def _unique_names(files: list[str]) -> list[str]:
+    """Return a name for each file: its path without suffix, or with it where that is not unique."""
+    stems = [str(PurePosixPath(file).with_suffix("")) for file in files]
+    count = Counter(stem.casefold() for stem in stems)
+    taken = Counter(file.casefold() for file in files)
+    names = []
+    for file, stem in zip(files, stems, strict=True):
+        clash = count[stem.casefold()] > 1 or (stem != file and taken[stem.casefold()] > 0)
+        names.append(file if clash else stem)
+    return names
 
 
 def align(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
@@ -177,9 +201,14 @@ def _working_size(sizes: list[tuple[int, int]], size: int | tuple[int, int] | No
 
 
 def _allocate(count: int, shape: tuple[int, int], workspace: Path | None) -> NDArray[np.uint8]:
-    """Return an array for the pixels: in memory, or in a file if it would take over half of it."""
+    """Return an array for the pixels: in memory, or in a file if it would take over half of it.
+
+    The file has no name, so that no two processes share it, and it goes when the array goes.
+    """
     full = (count, *shape, 3)
-    if workspace is None or np.prod(full) < psutil.virtual_memory().available / 2:
+    if workspace is None or math.prod(full) < psutil.virtual_memory().available / 2:
         return np.empty(full, np.uint8)
     workspace.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(workspace / "pixels.npy", "w+", np.uint8, full)
+    with tempfile.TemporaryFile(dir=workspace) as file:
+        reserve(file, math.prod(full), workspace / "pixels")
+        return np.memmap(file, np.uint8, "r+", shape=full)

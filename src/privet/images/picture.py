@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from privet.errors import UsageError
-from privet.images.xmp import is_place, is_thumbnail, without
+from privet.images.xmp import is_place, is_stale, without
 
 # What Pillow may open, where it was built with it. Formats that run another program or describe
 # vectors stay out.
@@ -111,8 +111,13 @@ def measure(data: bytes) -> tuple[int, int]:
     with _open(data) as image:
         _frames(image)  # what is skipped later must not decide at which size the others are seen
         width, height = image.size
-        try:  # Pillow turns TIFF files upright itself
-            turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        try:  # by its own tag Pillow has turned a TIFF file already
+            turned = ORIENTATION not in getattr(image, "tag_v2", ()) and image.getexif().get(ORIENTATION) in (
+                5,
+                6,
+                7,
+                8,
+            )
         except Exception:
             turned = False
     return (width, height) if turned else (height, width)
@@ -315,7 +320,7 @@ def _metadata(image: Image.Image, notes: list[str]) -> dict[str, Any]:
         xmp = xmp.encode()
     found["xmp"] = None
     if isinstance(xmp, bytes) and xmp.strip():
-        found["xmp"] = without(xmp, is_thumbnail)
+        found["xmp"] = without(xmp, is_stale)
         if found["xmp"] is None:
             notes.append("unreadable XMP dropped")
     text = getattr(image, "text", {}) if image.format == "PNG" else {}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from privet.errors import InputError
+from privet.files import RUN, WORKSPACE
 from privet.images.picture import PictureError
 
 MANIFEST = "manifest.jsonl"
@@ -24,6 +25,11 @@ SUFFIXES = frozenset(
     ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .avif .jp2 .tga .ico .heic".split()
 )
 CLUTTER = frozenset(("thumbs.db", "desktop.ini"))
+SIDECAR = ".xmp"  # metadata that photo editors put beside an image
+LOOSE = "not inside a class folder, so its label is unknown"
+MOST_CLASSES = 1 << 16  # where labels are numbers below it, missing ones are classes without images, too
+# Folders of these names are no classes if they hold folders themselves: the hub's names for its splits.
+SPLITS = frozenset("train training test testing val valid validation dev eval evaluation".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,7 @@ class Item:
 
     Attributes:
         file: what it is called there: a relative path with forward slashes.
-        name: its unique name: `file` without suffix where that is unique.
+        name: its unique name, where the source gives one.
         label: an index into the source's class names.
         read: returns the file's bytes, or raises PictureError.
     """
@@ -60,23 +66,28 @@ class Source:
     skipped: tuple[Skip, ...] = ()
 
 
-def find_images(source: str | Path, *, split: str | None = None) -> Source:
+def find_images(source: str | Path, *, split: str | None = None, labelled: bool = True) -> Source:
     """List the images and labels of a source.
 
     Args:
         source: a folder with one folder for each class; a folder that privet wrote; a folder with
             metadata.csv or .jsonl, or such a file itself (columns path and label); a Parquet file
             or a folder of them; or the id of a data set on the Hugging Face hub.
-        split: which split of a hub data set or a folder of Parquet files ("train" if left out), or which folder of
-            class folders, where there are several.
+        split: which split of a hub data set or of a folder of Parquet files ("train" if left out), or which folder of
+            a folder: that is read as if it were the source.
+        labelled: whether classes are needed; if not, a folder may hold images however they lie, all of one class, and
+            the source may be one image.
 
     Raises:
         InputError: there is nothing there, or no labels can be found; the message says what to do.
     """
     path = Path(source)
-    if path.is_dir():
+    if not labelled and _loose(path):
+        found = _unlabelled(path)
+    elif path.is_dir():
         found = _folder(path, split)
     elif path.exists():
+        _refuse_split(path, split)
         kind = path.suffix.lower()
         if kind in (".csv", ".jsonl"):
             found = _table(path)
@@ -94,30 +105,21 @@ def find_images(source: str | Path, *, split: str | None = None) -> Source:
     if not found.items:
         reasons = "; ".join(f"{skip.file}: {skip.reason}" for skip in found.skipped[:3])
         raise InputError(f"There is no image in {path}." + (f" Skipped: {reasons}." if reasons else ""))
-    names = _unique_names([item.file for item in found.items])
-    items = (
-        item if item.name else replace(item, name=name) for item, name in zip(found.items, names, strict=True)
-    )
-    return replace(found, items=tuple(items))
-
-
-def _unique_names(files: list[str]) -> list[str]:
-    """Return a name for each file: its path without suffix, or with it where that is not unique."""
-    stems = [str(PurePosixPath(file).with_suffix("")) for file in files]
-    count = Counter(stem.casefold() for stem in stems)
-    taken = Counter(file.casefold() for file in files)
-    names = []
-    for file, stem in zip(files, stems, strict=True):
-        clash = count[stem.casefold()] > 1 or (stem != file and taken[stem.casefold()] > 0)
-        names.append(file if clash else stem)
-    return names
+    return found
 
 
 def _folder(path: Path, split: str | None) -> Source:
+    if (path / WORKSPACE / RUN).is_file():
+        raise InputError(
+            f"{path} holds an unfinished run: images may be missing. Give its command again, and it goes on."
+        )
+    if split and (path / split).is_dir():
+        return _folder(path / split, None)
     if (path / MANIFEST).is_file():
-        return _written(path)
+        return _written(path, split)
     for name in TABLES:
         if (path / name).is_file():
+            _refuse_split(path, split)
             return _table(path / name)
     parquet = sorted(path.rglob("*.parquet"))
     if parquet:
@@ -128,9 +130,29 @@ def _folder(path: Path, split: str | None) -> Source:
                 f"{path} has no Parquet file of the split {split!r}; it has {_few(f.name for f in parquet)}."
             )
         return _parquet(named or parquet)
-    if split and (path / split).is_dir():
-        return _classes(path / split)
+    folders = [entry for entry in _entries(path) if entry.is_dir()]
+    if split:
+        raise InputError(
+            f"{path} has no folder of the split {split!r}; it has {_few(entry.name for entry in folders) or 'none'}."
+        )
+    if folders and all(entry.name.casefold() in SPLITS and _holds_folders(entry) for entry in folders):
+        raise InputError(
+            f"{path} has splits in place of classes: {_few(entry.name for entry in folders)}. Name one with "
+            "--split, or give its folder."
+        )
     return _classes(path)
+
+
+def _refuse_split(path: Path, split: str | None) -> None:
+    if split:
+        raise InputError(f"{path} has no splits, but the split {split!r} was asked for: leave it out.")
+
+
+def _holds_folders(folder: Path) -> bool:
+    try:
+        return any(entry.is_dir() for entry in _entries(folder))
+    except OSError:
+        return False
 
 
 def _classes(path: Path) -> Source:
@@ -148,14 +170,36 @@ def _classes(path: Path) -> Source:
                 else:
                     skipped.append(Skip(file=file, reason=reason))
         elif entry.suffix.lower() in SUFFIXES:
-            skipped.append(Skip(file=entry.name, reason="not inside a class folder, so its label is unknown"))
+            skipped.append(Skip(file=entry.name, reason=LOOSE))
+        elif entry.is_symlink() and not entry.exists():  # to a class, maybe
+            skipped.append(Skip(file=entry.name, reason="a symbolic link to nothing"))
     if not items:
-        loose = f" It has {len(skipped)} loose images, of which nobody knows the class." if skipped else ""
+        count = sum(skip.reason == LOOSE for skip in skipped)
+        loose = f" It has {count} loose images, of which nobody knows the class." if count else ""
         raise InputError(
             f"{path} has no class folders with images in them.{loose} Expected {path}/CLASS/image.png, or a "
             "metadata.csv with the columns path and label."
         )
     return Source(items=tuple(items), class_names=tuple(labels), skipped=tuple(skipped))
+
+
+def _loose(path: Path) -> bool:
+    """Say whether images lie there as files of their own, and not in a table."""
+    if path.is_dir():
+        return next(path.rglob("*.parquet"), None) is None
+    return path.exists() and path.suffix.lower() not in (".csv", ".jsonl", ".parquet")
+
+
+def _unlabelled(path: Path) -> Source:
+    """Every file in a folder and below it, or one file, all of one class."""
+    files = _walk(path, path.name, {_identity(path)}) if path.is_dir() else [(path.name, path, None)]
+    items, skipped = [], []
+    for file, place, reason in files:
+        if reason is None:
+            items.append(Item(file=file, label=0, read=_reader(place)))
+        else:
+            skipped.append(Skip(file=file, reason=reason))
+    return Source(items=tuple(items), class_names=("unlabelled",), skipped=tuple(skipped))
 
 
 def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, Path, str | None]]:
@@ -170,8 +214,7 @@ def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tu
         try:
             mode = entry.stat().st_mode
         except OSError as error:
-            looping = "a symbolic link that loops" if entry.is_symlink() else "unreadable"
-            yield file, entry, f"{looping}: {error.strerror}"
+            yield file, entry, _why(entry, error)
             continue
         if stat.S_ISDIR(mode):
             if _identity(entry) in above:
@@ -180,8 +223,17 @@ def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tu
                 yield from _walk(entry, file, above | {_identity(entry)})
         elif not stat.S_ISREG(mode):
             yield file, entry, "not a regular file"
-        elif entry.name.casefold() not in CLUTTER:
+        elif entry.name.casefold() not in CLUTTER and entry.suffix.lower() != SIDECAR:
             yield file, entry, None
+
+
+def _why(entry: Path, error: OSError) -> str:
+    """Say why a folder's entry cannot be looked at."""
+    if entry.is_symlink() and error.errno == errno.ELOOP:
+        return "a symbolic link that loops"
+    if entry.is_symlink() and error.errno == errno.ENOENT:
+        return "a symbolic link to nothing"
+    return f"unreadable: {error.strerror}"
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -197,8 +249,8 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _written(folder: Path) -> Source:
-    """A folder or Parquet set that privet wrote, by its manifest."""
+def _written(folder: Path, split: str | None) -> Source:
+    """A folder or Parquet set that privet wrote, by its manifest; the latter is the split "train"."""
     try:
         lines = (folder / MANIFEST).read_text("utf-8").split("\n")
         records = [record for record in map(json.loads, filter(str.strip, lines)) if record["status"] == "ok"]
@@ -214,7 +266,9 @@ def _written(folder: Path) -> Source:
             f"{folder / MANIFEST} is damaged: {error!r}. Delete it to read the folder by its class folders."
         ) from error
     if files and ".parquet#" in files[0][0]:
+        _refuse_split(folder, None if split == "train" else split)
         return _parquet(sorted(folder.glob("*.parquet")))
+    _refuse_split(folder, split)
     labels = {name: index for index, (_, name) in enumerate(classes)}
     items = (
         Item(file=file, name=name, label=labels[label], read=_reader(folder / file))
@@ -271,7 +325,7 @@ def _listed(folder: Path, rows: list[tuple[str, str]], skipped: list[Skip]) -> S
     """Turn paths and class names into a source; absolute paths are named from their common folder."""
     found = {label for _, label in rows}
     numbers = all(label.lstrip("-").isdecimal() for label in found)
-    class_names = tuple(sorted(found, key=int) if numbers else sorted(found))
+    class_names = tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
     labels = {name: index for index, name in enumerate(class_names)}
     places = [Path(os.path.abspath(folder / file)) for file, _ in rows]  # noqa: PTH100 (resolve() would follow links)
     root = Path(os.path.abspath(folder))  # noqa: PTH100
@@ -309,7 +363,7 @@ def _parquet(files: list[Path]) -> Source:
     """Parquet in the hub's layout: a column of image files, a column of labels."""
     import datasets
 
-    _quiet(datasets)
+    quiet(datasets)
     try:
         table = datasets.Dataset.from_parquet([str(file) for file in files])
     except Exception as error:  # the library wraps whatever went wrong in errors of its own
@@ -321,15 +375,33 @@ def _parquet(files: list[Path]) -> Source:
 def _hub(name: str, split: str) -> Source:
     import datasets
 
-    _quiet(datasets)
+    quiet(datasets)
+    offline, endpoint = datasets.config.HF_HUB_OFFLINE, datasets.config.HF_ENDPOINT
+    answers = offline or _answers(endpoint)
     try:
+        # Without an answer it would ask for half a minute before it looks into its cache.
+        datasets.config.HF_HUB_OFFLINE = offline or not answers
         table = datasets.load_dataset(name, split=split)
     except Exception as error:
+        cached = "" if answers else f" from the cache ({endpoint} does not answer)"
         raise InputError(
             f"There is no file or folder {name}, and the hub's data set {name!r} (split {split!r}) could not be "
-            f"loaded: {' '.join(str(error).split())}"
+            f"loaded{cached}: {' '.join(str(error).split())}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     return _rows_of(table, name)
+
+
+def _answers(endpoint: str) -> bool:
+    """Say whether a hub can be reached, by one request, through whatever proxy its library uses."""
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=10)
+    except Exception:  # the library's client is now of one package and now of another
+        return False
+    return True
 
 
 def _rows_of(table: Any, name: str) -> Source:
@@ -346,15 +418,19 @@ def _rows_of(table: Any, name: str) -> Source:
     table = table.select_columns([image, label])
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
-    values = list(table[label])
     kind = table.features[label]
+    if not isinstance(kind, datasets.ClassLabel | datasets.Value):
+        raise InputError(f"{name} has no single label for an image in its column {label!r}, but {kind}.")
+    values = list(table[label])
     if isinstance(kind, datasets.ClassLabel):
         class_names = tuple(kind.names)
     else:
         present = {value for value in values if value is not None}
         numbers = all(isinstance(value, int) for value in present)
         ordered = (
-            list(range(max(present) + 1)) if numbers and present and min(present) >= 0 else sorted(present)
+            list(range(max(present) + 1))
+            if numbers and present and 0 <= min(present) <= max(present) < MOST_CLASSES
+            else sorted(present)
         )
         class_names = tuple(map(str, ordered))
         lookup = {value: index for index, value in enumerate(ordered)}
@@ -442,7 +518,8 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) <= 2 and all(part and part[0].isalnum() for part in parts) and not Path(name).suffix
 
 
-def _quiet(datasets: Any) -> None:
+def quiet(datasets: Any) -> None:
+    """Keep the datasets library from printing bars and advice."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from privet.images.picture import (
     encode,
 )
 from privet.images.similarity import compare
-from privet.images.source import MANIFEST
+from privet.images.source import MANIFEST, quiet
 from privet.parallel import ordered
 from privet.progress import Progress, silent
 
-SHARD = 2048  # images in a Parquet file
+SHARD = 2048  # images in a Parquet file at most,
+SHARD_PIXELS = 1 << 27  # and pixels, unless one image has more: a file is made in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,23 @@ class Written:
     @property
     def skipped(self) -> tuple[dict[str, Any], ...]:
         return tuple(record for record in self.records if record["status"] != "ok")
+
+
+def check_writing(*, format: str, metadata: str, gps: bool) -> None:
+    """Refuse what `write_images` could not do, or would not, before hours are spent on what it is to write.
+
+    Raises:
+        UsageError: a format that loses what was added, an unknown one, or metadata that are neither kept nor stripped,
+            or stripped and kept.
+    """
+    if format != "parquet":
+        check_format(format)
+    if metadata not in METADATA:
+        raise UsageError(f"Unknown metadata {metadata!r}; expected {' or '.join(METADATA)}.")
+    if gps and metadata == "strip":
+        raise UsageError(
+            "Metadata that are stripped keep no location: choose metadata keep, or leave out keep-gps."
+        )
 
 
 def write_images(
@@ -80,14 +99,11 @@ def write_images(
         progress: told about images written.
 
     Raises:
-        UsageError: a format that loses what was added, or an unknown one.
+        UsageError: as `check_writing`.
         BudgetError: a written image would differ by more than its budget; it is not written.
         OutputError: the folder cannot be written.
     """
-    if format != "parquet":
-        check_format(format)
-    if metadata not in METADATA:
-        raise UsageError(f"Unknown metadata {metadata!r}; expected {' or '.join(METADATA)}.")
+    check_writing(format=format, metadata=metadata, gps=gps)
     journal = out / ".privet" / "written.jsonl"
     done = {record["name"]: record for record in read_lines(journal)}
     records: list[dict[str, Any]] = [
@@ -96,7 +112,7 @@ def write_images(
 
     def produce(index: int) -> tuple[dict[str, Any], bytes | None]:
         earlier = done.get(original.names[index])
-        if earlier is not None and still_there(out, earlier):
+        if earlier is not None and still_there(out, [earlier]):
             return earlier, None
         return _produce(original, changed, index, budget, format, metadata, gps)
 
@@ -108,10 +124,8 @@ def write_images(
 
     order = sorted(range(len(original)), key=lambda index: original.names[index])
     if format == "parquet":
-        for number, start in enumerate(range(0, len(order), SHARD)):
-            for record in _write_shard(
-                original, order[start : start + SHARD], number, out, done, produce, workers
-            ):
+        for number, part in enumerate(_shards(original, order)):
+            for record in _write_shard(original, part, number, out, done, produce, workers):
                 finished(record)
     else:
         for _, (record, data) in ordered(produce, order, workers):
@@ -163,11 +177,11 @@ def _produce(
             "status": "skipped",
             "reason": str(error),
         }, None
+    if not np.array_equal(after.rgb, picture.rgb) or not _same_alpha(before, after):
+        raise BudgetError(f"{record['name']} did not come back from its {format} bytes as it was written.")
     similarity = compare(before.rgb, after.rgb)
     if excess := budget.excess(similarity, before.size, seen=original.size):
         raise BudgetError(f"{record['name']} would differ from its original by {excess}.")
-    if not np.array_equal(after.rgb, picture.rgb) or not _same_alpha(before, after):
-        raise BudgetError(f"{record['name']} did not come back from its {format} bytes as it was written.")
     record.update(
         sha256_before=source.sha256 if source else None,
         sha256_after=sha256(data),
@@ -188,14 +202,38 @@ def _same_alpha(before: Picture, after: Picture) -> bool:
     return np.array_equal(before.alpha, after.alpha)
 
 
-def still_there(out: Path, record: dict[str, Any]) -> bool:
-    """Say whether the file of a record is what was written, or was never written."""
-    if record["status"] != "ok":
-        return True
-    path = out / str(record["file"]).split("#")[0]
-    if ".parquet#" in str(record["file"]):
-        return path.exists()
-    return path.exists() and sha256(path.read_bytes()) == record["sha256_after"]
+def still_there(out: Path, records: Sequence[dict[str, Any]]) -> bool:
+    """Say whether the files of these records are what was written; what was skipped has none."""
+    expected: dict[str, str] = {}
+    for record in records:
+        if "sha256_shard" in record:
+            expected[record["file"].rpartition("#")[0]] = record["sha256_shard"]
+        elif record["status"] == "ok":
+            expected[record["file"]] = record["sha256_after"]
+    return all(
+        (out / file).is_file() and _sha256_of(out / file) == digest for file, digest in expected.items()
+    )
+
+
+def _sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file that may not fit into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shards(original: ImageSet, order: Sequence[int]) -> Iterator[list[int]]:
+    """Cut positions into the parts that become a Parquet file each."""
+    part: list[int] = []
+    pixels = 0
+    for index in order:
+        height, width = original.files[index].size if original.files else original.size
+        if part and (len(part) == SHARD or pixels + height * width > SHARD_PIXELS):
+            yield part
+            part, pixels = [], 0
+        part.append(index)
+        pixels += height * width
+    if part:
+        yield part
 
 
 def _write_shard(
@@ -207,13 +245,14 @@ def _write_shard(
     produce: Callable[[int], tuple[dict[str, Any], bytes | None]],
     workers: int,
 ) -> Iterator[dict[str, Any]]:
-    """Write one Parquet file and yield its records; a file that an earlier call wrote is kept."""
+    """Write one Parquet file and yield its records; a file that an earlier call wrote is kept if it is whole."""
     import datasets
 
+    quiet(datasets)
     path = out / f"train-{number:05d}.parquet"
-    earlier = [done.get(original.names[index]) for index in part]
-    if path.exists() and all(earlier):
-        yield from (record for record in earlier if record is not None)
+    earlier = [done[original.names[index]] for index in part if original.names[index] in done]
+    if len(earlier) == len(part) and path.exists() and still_there(out, earlier):
+        yield from earlier
         return
     for index in part:
         done.pop(original.names[index], None)
@@ -233,4 +272,7 @@ def _write_shard(
     with atomic(path) as temporary:
         columns = {"image": [row["image"] for row in rows], "label": [row["label"] for row in rows]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(temporary)
-    yield from records
+    digest = _sha256_of(path)
+    yield from (
+        {**record, "sha256_shard": digest} if record["status"] == "ok" else record for record in records
+    )

@@ -1,4 +1,4 @@
-"""XMP, the metadata packet of photo editors: what tells a place or holds a small copy is taken out of it."""
+"""XMP, the metadata packet of photo editors: what tells a place or is no longer true is taken out of it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def is_place(name: str) -> bool:
     return bare in PLACES or bare.startswith("gps")
 
 
-def is_thumbnail(name: str) -> bool:
-    """Say whether a property of this name holds small copies of the image."""
-    return "thumbnail" in name.casefold()
+def is_stale(name: str) -> bool:
+    """Say whether a property of this name holds small copies of the old image, or tells how that is to be turned."""
+    bare = name.rpartition(":")[2].casefold()
+    return "thumbnail" in bare or bare == "orientation"
 
 
 def without(packet: bytes, unwanted: Callable[[str], bool]) -> bytes | None:

@@ -5,7 +5,7 @@ from privet.learning.checkpoint import load_checkpoint, save_checkpoint
 from privet.learning.chunks import change_in_chunks
 from privet.learning.files import study
 from privet.learning.job import Job
-from privet.learning.publication import Publication, publish_changed
+from privet.learning.publication import Publication, protection_record, publish_changed
 from privet.learning.runtime import Runtime
 from privet.learning.train import (
     Epoch,
@@ -38,6 +38,7 @@ __all__ = [
     "load_update",
     "make_optimizer",
     "pgd",
+    "protection_record",
     "publish_changed",
     "save_checkpoint",
     "save_update",

@@ -12,11 +12,11 @@ import numpy
 import PIL
 import torch
 
-from privet.files import RUN, WORKSPACE, claim, finish, read_json, read_lines, released, write_bytes
+from privet.files import RUN, WORKSPACE, claim, finish, read_json, read_lines, released, sha256, write_bytes
 from privet.images.budget import UNBOUNDED, Budget
 from privet.images.image_set import ImageSet
 from privet.images.source import MANIFEST
-from privet.images.write import Written, still_there, write_images
+from privet.images.write import Written, check_writing, still_there, write_images
 from privet.learning.job import Job
 from privet.learning.runtime import describe_device
 from privet.version import VERSION
@@ -65,7 +65,7 @@ def publish_changed(
         job: what `change` works in; gets its workspace here.
         record: what the bytes depend on beside the job and the images; goes into run.json.
         budget: what the written bytes must keep.
-        keep: files of the workspace that the folder gets too, if they are there.
+        keep: private files of the workspace that the folder gets too, if they are there.
         format: as for `write_images`.
         metadata: likewise.
         gps: likewise.
@@ -75,12 +75,16 @@ def publish_changed(
         OutputError: the folder holds something else, or cannot be written.
         PrivetError: as `change` and `write_images`.
     """
+    check_writing(format=format, metadata=metadata, gps=gps)
     runtime = job.runtime
     run = {
         "privet": VERSION,
         **record,
         "seed": job.seed,
         "data": images.digest,
+        "files": sha256(
+            "".join(file.sha256 for file in images.files).encode()
+        ),  # metadata, too, are carried over
         "images": len(images),
         "size": list(images.size),
         "class_names": list(images.class_names),
@@ -116,9 +120,16 @@ def publish_changed(
     )
     for name in keep:
         if (job.workspace / name).exists():
-            write_bytes(out / name, (job.workspace / name).read_bytes())
+            write_bytes(out / name, (job.workspace / name).read_bytes(), private=True)
     finish(out, run, job.facts)
     return Publication(out=out, written=written, run={**run, "facts": job.facts})
+
+
+def protection_record(source: str | Path) -> dict[str, Any] | None:
+    """Return the run.json of a protected folder, if privet wrote it."""
+    path = Path(source) / RUN
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found.get("method"), str) and isinstance(found.get("settings"), dict) else None
 
 
 def versions() -> dict[str, str]:
@@ -133,5 +144,8 @@ def versions() -> dict[str, str]:
 
 def _intact(out: Path) -> Written | None:
     """Return what a finished run wrote, if all of it is still there unchanged."""
-    records = tuple(read_lines(out / MANIFEST))
-    return Written(records=records) if records and all(still_there(out, one) for one in records) else None
+    try:
+        records = tuple(read_lines(out / MANIFEST))
+    except ValueError:
+        return None
+    return Written(records=records) if records and still_there(out, records) else None

@@ -123,10 +123,9 @@ class Learner:
         """
         if self.weights is not None and not self.weights.is_file():
             raise InputError(f"There is no weights file {self.weights}.")
-        network = self.architecture.removeprefix(PREFIX)
         return {
             **asdict(self),
-            "architecture": self.architecture.replace(network, placeless(network)),
+            "architecture": placeless(self.architecture),
             "weights": sha256(self.weights.read_bytes()) if self.weights else None,
         }
 

@@ -81,11 +81,18 @@ class ImageRecovery(Recovery):
 
             return keep_grey
 
-        return images.with_pixels(change_in_chunks(images, job, prepare, purpose="recover"))
+        pixels = change_in_chunks(
+            images, job, prepare, purpose="recover", together=lambda: self._together(images, job)
+        )
+        return images.with_pixels(pixels)
 
     @abstractmethod
     def _change(self, images: ImageSet, job: Job) -> Change:
         """Do what has to be done once, and return the function that recovers a chunk of the images."""
+
+    def _together(self, images: ImageSet, job: Job) -> int | None:
+        """Return how many images are recovered together, as `change_in_chunks` asks."""
+        return None
 
 
 class Nothing(Recovery):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,8 +15,11 @@ from privet.images.image_set import ImageSet
 from privet.learning.job import Job
 from privet.learning.runtime import Runtime
 from privet.recovery.base import ImageRecovery
-from privet.recovery.prior import Prior, fingerprint, load_prior
+from privet.recovery.prior import PIECE, Prior, fingerprint, load_prior, weigh
 from privet.seeds import generator
+
+# Bytes of weights x pixels of images that a core takes through a hundred evaluations in about 10 s (AMD EPYC, float32).
+WORK = 50_000_000_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,16 @@ class DiffusionRecovery(ImageRecovery):
             prior.check(images.size, time)
         job.facts.update(evaluations=evaluations)
         return prior
+
+    def _together(self, images: ImageSet, job: Job) -> int | None:
+        """Return how many images a processor denoises in well under a minute, as long as one of them takes no longer.
+
+        A GPU is through with many in that time. What comes out is the same for any number, but for last bits.
+        """
+        if job.runtime.device.type == "cuda":
+            return None
+        each = WORK // (weigh(self.prior) * math.prod(images.size))
+        return max(1, min(PIECE, each)) * torch.get_num_threads()
 
 
 Guide = Callable[[Tensor, int], Tensor]

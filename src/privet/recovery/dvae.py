@@ -116,14 +116,11 @@ class DVAE(ImageRecovery):
             trained.train()
             with runtime.autocast():
                 reconstruction, noise, rate = trained(x, runtime.take(labels, index), draws)
-            loss = F.mse_loss(reconstruction, x) + F.mse_loss((reconstruction + noise).clamp(0, 1), x)
-            loss = loss + self.weight * rate.clamp(min=self.rates[round_])
-            if 6 * step >= total:
-                loss = loss + noise.square().mean().clamp(min=SMALL)
+            loss = self._loss(x, reconstruction, noise, rate, free=self.rates[round_], late=6 * step >= total)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * (1 + math.cos(math.pi * step / total)) / 2
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(trained.parameters(), 5.0)
             optimizer.step()
             done = round_ * total + step + 1
@@ -132,6 +129,23 @@ class DVAE(ImageRecovery):
                 save_checkpoint(path, model=model, optimizer=optimizer, record={"step": step + 1})
         runtime.agree(model)
         return model
+
+    def _loss(
+        self, x: Tensor, reconstruction: Tensor, noise: Tensor, rate: Tensor, *, free: float, late: bool
+    ) -> Tensor:
+        """Return what a network is trained to make small.
+
+        Args:
+            x: the images, values in [0, 1], (batch, 3, height, width).
+            reconstruction: r, likewise.
+            noise: p, likewise.
+            rate: of the latent, in nats a place.
+            free: what of it costs nothing.
+            late: whether a sixth of the epochs is over.
+        """
+        loss = F.mse_loss(reconstruction, x) + F.mse_loss((reconstruction + noise).clamp(0, 1), x)
+        loss = loss + self.weight * rate.clamp(min=free)
+        return loss + noise.square().mean().clamp(min=SMALL) if late else loss
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from privet.learning.job import Job
 from privet.learning.pieces import in_pieces
+from privet.recovery.prior import piece
 
 
 def perceptual_gradient(model: nn.Module, one: Tensor, other: Tensor, job: Job) -> Tensor:
@@ -31,7 +32,7 @@ def perceptual_gradient(model: nn.Module, one: Tensor, other: Tensor, job: Job) 
                 total = total + difference.square().sum(1).mean((1, 2)).sum()
             return torch.autograd.grad(total, one)[0]
 
-    return in_pieces(gradient, one, other, size=16)
+    return in_pieces(gradient, one, other, size=piece(len(one)))
 
 
 def features(model: Any, x: Tensor, job: Job) -> Sequence[Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ SCHEDULING = (
 # What diffusers called the parts of an attention until 2023, and calls them since.
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 RANGE = [-1.0, 1.0]
+TIMES = 100_000  # of a schedule, at most
+# Mean squared error of the noise from which on a prior counts as blind. To see no noise at all has 1, for noise has
+# variance 1; to know how pixels vary and nothing else has 0.6, on images of CIFAR-10 and times below 250.
+BLIND = 0.9
+PIECE = 16  # images that a core of a processor denoises together, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Prior:
         model: a UNet2DModel, frozen; takes values in [-1, 1] and the time, and returns the noise.
         kept: share of the signal's variance that is left at each time, (times,); "alpha bar".
         max_t: times from here on were never trained.
-        about: what is known of its training: scale, steps, data, size.
+        about: what is known of its training, checked (scale, steps, data, size, loss), or nothing.
         images: `fingerprints` of all training images, or None if unknown.
     """
 
@@ -51,6 +58,14 @@ class Prior:
     max_t: int
     about: Mapping[str, Any]
     images: frozenset[str] | None = field(default=None, repr=False)
+
+    @property
+    def blind(self) -> bool:
+        """Whether it is known to take less than a tenth of the noise away, even from images like its own.
+
+        A recovery with it adds noise and takes hardly any off again. Of a prior of unknown training nobody knows.
+        """
+        return bool(self.about.get("loss", 0.0) >= BLIND)
 
     @torch.no_grad()
     def clean(self, noisy: Tensor, time: int, *, runtime: Runtime) -> Tensor:
@@ -78,7 +93,7 @@ class Prior:
             with runtime.autocast():
                 return predict_noise(self.model, piece, time, levels=levels)
 
-        return in_pieces(predict, noisy, size=16)
+        return in_pieces(predict, noisy, size=piece(len(noisy)))
 
     def check(self, size: tuple[int, int], time: int) -> None:
         """Refuse images or times that the prior was not made for.
@@ -89,8 +104,8 @@ class Prior:
         """
         if not 0 < time < self.max_t:
             raise UsageError(
-                f"This prior was trained for times below {self.max_t}, and is asked for {time}. Lower the level, or "
-                f"train a prior with --max-t {time + 1}."
+                f"This prior was trained for times below {self.max_t}, and is asked for {time}. Recover with a "
+                f"--method that noises images less (jcdp, purify-gently), or train a prior with --max-t {time + 1}."
             )
         config = self.model.config
         attends = any("Attn" in block for block in (*config.down_block_types, *config.up_block_types))
@@ -100,6 +115,11 @@ class Prior:
                 f"This prior has attention and knows images of {own} x {own} pixels only; these are {size[0]} x "
                 f"{size[1]}. Open them with --size {own}, or train a prior without attention (tiny, small)."
             )
+
+
+def piece(count: int) -> int:
+    """Return how many of so many images a core of a processor takes through a network at a time."""
+    return min(PIECE, -(-count // torch.get_num_threads()))
 
 
 def predict_noise(network: nn.Module, noisy: Tensor, time: int | Tensor, *, levels: int) -> Tensor:
@@ -132,24 +152,17 @@ def load_prior(source: str | Path, *, runtime: Runtime) -> Prior:
     ]
     if not schedules:
         raise InputError(f"{folder} has no scheduler_config.json, so its noise schedule is unknown.")
-    about = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
-    if about.get("range", RANGE) != RANGE:
-        raise InputError(f"{folder} works on values in {about['range']}; expected {RANGE}.")
     kept = _schedule(read_json(schedules[0]), folder)
-    if about and not (
-        isinstance(about.get("max_t"), int)
-        and 1 <= about["max_t"] <= len(kept)
-        and about.keys() >= {"training", "images", "size", "loss"}
-    ):
-        raise InputError(f"{folder / ABOUT} is not a record that 'privet prior train' wrote. Train it again.")
+    usable = int((kept > 0).sum())  # a schedule may end without any signal, from which nothing leads back
+    about = _record(folder / ABOUT, usable)
     model = _network(network)
     images = None
     if (listing := folder / "images.txt").is_file():
         images = frozenset(listing.read_text("ascii", errors="replace").split())
     return Prior(
-        model=runtime.place(model.eval().requires_grad_(False)),
+        model=runtime.place(model),
         kept=kept,
-        max_t=about.get("max_t", len(kept)),
+        max_t=about.get("max_t", usable),
         about=about,
         images=images,
     )
@@ -187,9 +200,45 @@ def fingerprint(source: str | Path) -> str:
     return _hash(weights, weights.stat().st_mtime_ns, weights.stat().st_size)
 
 
+def weigh(source: str | Path) -> int:
+    """Return how many bytes a prior's weights take."""
+    return (locate(source)[0] / WEIGHTS).stat().st_size
+
+
 @cache
 def _hash(weights: Path, changed: int, size: int) -> str:
     return sha256(weights.read_bytes())
+
+
+def _record(path: Path, times: int) -> dict[str, Any]:
+    """Return what `train_prior` wrote of a training, or nothing if there is no such file.
+
+    Args:
+        path: the file.
+        times: how many the schedule has.
+    """
+    if not path.is_file():
+        return {}
+    about = read_json(path)
+    if about.get("range", RANGE) != RANGE:
+        raise InputError(f"{path.parent} works on values in {about['range']}; expected {RANGE}.")
+    try:
+        training, loss = about["training"], about["loss"]
+        height, width = about["size"]
+        counts = (about["images"], about["max_t"], about["crop"], height, width)
+        steps = (training["steps"], training["batch_size"])
+        sound = (
+            all(type(count) is int and count >= 1 for count in (*counts, *steps))
+            and about["max_t"] <= times
+            and isinstance(training["scale"], str)
+            and type(loss) in (int, float)
+            and 0 <= loss < math.inf
+        )
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path} is not a record that 'privet prior train' wrote. Train it again.")
+    return about
 
 
 def _schedule(config: Mapping[str, Any], folder: Path) -> Tensor:
@@ -200,17 +249,28 @@ def _schedule(config: Mapping[str, Any], folder: Path) -> Tensor:
             f"{folder} has the noise schedule of {config.get('_class_name', 'an unknown kind')}, without betas; only "
             "priors that noise images as DDPM does work here."
         )
+    known = {name: config[name] for name in SCHEDULING if config.get(name) is not None}
+    times = known.get("num_train_timesteps", 1000)
+    if type(times) is not int or not 1 <= times <= TIMES:
+        raise InputError(f"{folder} has a noise schedule of {times!r} times; expected 1 to {TIMES:,}.")
     try:
-        known = {name: config[name] for name in SCHEDULING if config.get(name) is not None}
-        return kept_shares(known)
-    except (ValueError, TypeError, NotImplementedError) as error:
+        kept = kept_shares(known)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
         raise InputError(f"{folder} has a noise schedule that diffusers does not know: {error}") from error
+    shares = kept.tolist() if kept.is_floating_point() and kept.ndim == 1 else []
+    if not shares or not all(before > after >= 0 for before, after in pairwise((1.0, *shares))):
+        raise InputError(
+            f"{folder} has a noise schedule that makes no sense: expected betas between 0 and 1, so that ever less "
+            "of an image is left."
+        )
+    return kept
 
 
-def _network(folder: Path) -> nn.Module:
-    """Build the network of a folder and fill it, by safetensors alone."""
+def _network(folder: Path) -> Any:
+    """Build the network of a folder, fill it, by safetensors alone, freeze it, and try it."""
     import safetensors.torch
 
+    library = diffusers_library()
     config = read_json(folder / CONFIG)
     if (config.get("in_channels"), config.get("out_channels")) != (3, 3):
         raise InputError(
@@ -223,15 +283,22 @@ def _network(folder: Path) -> nn.Module:
         )
     try:
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
-        model: nn.Module = diffusers_library().UNet2DModel(**settings)
+        model = library.UNet2DModel(**settings)
         state = safetensors.torch.load_file(folder / WEIGHTS)
         old = re.compile(rf"(attentions\.\d+)\.({'|'.join(ATTENTION)})\.")
         model.load_state_dict({old.sub(_rename, name): value for name, value in state.items()})
+        model.eval().requires_grad_(False)
+        levels = len(model.config.block_out_channels)
+        predict_noise(model, torch.zeros(1, 3, 2**levels, 2**levels), 0, levels=levels)
     except safetensors.SafetensorError as error:
         raise InputError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}.") from error
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except Exception as error:  # diffusers checks little of a config, and stumbles over the rest
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise InputError(f"{folder} does not fit its own {CONFIG}: {reason}") from error
+    if bad := next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None):
+        raise InputError(
+            f"{folder / WEIGHTS} holds values that are no numbers, in {bad}. Train or fetch it again."
+        )
     return model
 
 
