@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from privet.images import open_images
 from privet.learning import Job, Learner, Runtime, learn, study
 from privet.learning.checkpoint import save_state
-from privet.protection import SEM
+from privet.protection import SEM, UCL, Protection
 from privet.recovery import create_recovery, restore
 from tests.conftest import blobs, stop_after
 from tests.images.test_write import tree
@@ -137,8 +137,7 @@ def test_two_processes_that_were_stopped_learn_the_same_network(tmp_path: Path) 
             assert (tmp_path / f"{name}-{one}").read_bytes() == (tmp_path / f"{name}-{other}").read_bytes()
 
 
-def _protect(rank: int, folder: Path) -> None:
-    method = SEM(surrogate="resnet8-w4", train_steps=6, batch_size=8, noise_steps=2, views=1, attack_steps=1)
+def _protect(rank: int, folder: Path, method: Protection) -> None:
     with joined(rank, folder) as shared:
         whole = method.protect(blobs(24), Job(runtime=shared))
         job = Job(runtime=shared, workspace=folder, checkpoint_seconds=0)
@@ -147,8 +146,41 @@ def _protect(rank: int, folder: Path) -> None:
         assert method.protect(blobs(24), job).digest == whole.digest
 
 
-def test_two_processes_that_were_stopped_find_the_same_noise(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_protect, (tmp_path,), nprocs=2)
+@pytest.mark.parametrize(
+    "method",
+    [
+        SEM(surrogate="resnet8-w4", train_steps=6, batch_size=8, noise_steps=2, views=1, attack_steps=1),
+        # As many batches of noise for either process, so that both stop at the same place.
+        UCL(surrogate="resnet8-w4", class_rounds=0, rounds=3, train_steps=2, batch_size=12, noise_steps=1),
+    ],
+    ids=["sem", "ucl"],
+)
+def test_two_processes_that_were_stopped_find_the_same_noise(tmp_path: Path, method: Protection) -> None:
+    torch.multiprocessing.spawn(_protect, (tmp_path, method), nprocs=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched(UCL):
+    """Keeps what each process finds noise for."""
+
+    folder: str = ""
+
+    def _improve(self, model: torch.nn.Module, *rest: Any) -> None:
+        save_state(Path(self.folder, str(rest[-1].runtime.rank)), model.state_dict(), {})
+        super()._improve(model, *rest)
+
+
+def _find(rank: int, folder: Path) -> None:
+    method = Watched(
+        surrogate="resnet8-w4", class_rounds=0, rounds=1, train_steps=2, batch_size=12, folder=str(folder)
+    )
+    with joined(rank, folder) as shared:
+        method.protect(blobs(24), Job(runtime=shared))
+
+
+def test_two_processes_find_noise_for_one_encoder(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_find, (tmp_path,), nprocs=2)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
 
 
 def _repeat(rank: int, folder: Path) -> None:

@@ -36,6 +36,8 @@ class Protection(ABC):
     name: ClassVar[str]
     labelled: ClassVar[bool] = True
     """Whether the noise hides what tells classes apart, of which there must then be two."""
+    continues: ClassVar[bool] = False
+    """Whether the surrogate of an earlier run protects further images."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "cpu": {}}
 
     def __post_init__(self) -> None:
@@ -90,13 +92,13 @@ class Protection(ABC):
 
         Raises:
             InputError: images that the method cannot work on, or a surrogate that does not know their classes.
-            UsageError: a surrogate for a method that has none.
+            UsageError: a surrogate for a method that goes on from none.
             BudgetError: the method returned NaN or another shape, or its bytes leave the budget.
         """
         if len(images) == 0:
             raise InputError("There is no image to protect.")
-        if job.surrogate is not None and not hasattr(self, "surrogate"):
-            raise UsageError(f"{self.name} needs no surrogate: leave it out.")
+        if job.surrogate is not None and not self.continues:
+            raise UsageError(f"{self.name} protects with no earlier run's surrogate: leave it out.")
         known = images if job.surrogate is None else as_known(images, job.surrogate)
         if self.labelled and known.classes < 2:
             raise InputError(

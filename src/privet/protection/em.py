@@ -71,6 +71,7 @@ class EM(Bounded):
     flip: bool = True
 
     name: ClassVar[str] = "em"
+    continues: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         # For some thousands of small images: about one epoch of the surrogate a round.

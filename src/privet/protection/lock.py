@@ -36,6 +36,7 @@ class Lock(Keyed, EM):
     mode: str = "class"
 
     name: ClassVar[str] = "lock"
+    continues: ClassVar[bool] = False  # it finds its own patterns
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # EM's own, but for views: without, networks that augment do not see the noise.
         "paper": {"views": 1},
@@ -48,8 +49,6 @@ class Lock(Keyed, EM):
             raise UsageError(f"{self.name} has one pattern for each class: leave mode at 'class'.")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
-        if job.surrogate is not None:
-            raise UsageError(f"{self.name} finds its own patterns: leave the surrogate out.")
         refuse_other_sizes(images)
         pattern = super()._perturb(images, job)
         # One pattern for the whole class: where some of its files are grey, the channels of all move together.

@@ -77,6 +77,7 @@ class SEM(Bounded):
     flip: bool = True
 
     name: ClassVar[str] = "sem"
+    continues: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         # For some thousands of small images. The noise goes on from its last visit, so that one

@@ -59,6 +59,7 @@ class TAP(Bounded):
     flip: bool = True
 
     name: ClassVar[str] = "tap"
+    continues: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "cpu": {"surrogate": "resnet10-w16", "noise_steps": 60, "step_size": 0.8, "restarts": 1},

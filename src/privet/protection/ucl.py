@@ -82,6 +82,7 @@ class UCL(Bounded):
     flip: bool = True
 
     name: ClassVar[str] = "ucl"
+    continues: ClassVar[bool] = True
     labelled: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
@@ -151,6 +152,7 @@ class UCL(Bounded):
         for round_ in range(len(losses), rounds):
             words = f"{mode}-wise round {round_ + 1} of {rounds}"
             losses.append(self._train(trained, optimizer, batches, noise, round_, rounds, words, job))
+            job.runtime.agree(model)  # on what every image's noise is made for
             self._improve(model, batches, noise, round_, steps, words, job)
             last = round_ + 1 == rounds
             if path is not None and job.checkpoint_due(last):
