@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,8 +93,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
         passphrase=THEIRS,
         out=root / "ada.licence",
         expires="2030-06-30",
+        today=datetime.date(2030, 6, 30),
         work=EASY,
-    )
+    ).licence
     return World(root, vendor, clean, protected, licence)
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from privet.cli import main
+from privet.cli.passphrase import read_passphrase
+from privet.errors import UsageError
 from privet.images import write_images
 from privet.licensing import Vendor, read_licence, sealed
 from tests.conftest import blobs
-from tests.licensing.conftest import World
+from tests.licensing.conftest import OURS, THEIRS, World
 
 WORDS = {"ours": "a phrase of the vendor's", "theirs": "a phrase of the licensee's"}
 
@@ -151,6 +153,76 @@ def test_from_keys_to_a_leak(
         assert not contains(shown.encode(), secret), name
         for path, data in written.items():
             assert not contains(data, secret), f"{name} in {path}"
+
+
+def test_what_cannot_be_read_is_no_verdict(
+    made: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in {"ours": OURS, "theirs": THEIRS}.items():
+        (tmp_path / name).write_text(words)
+    keys, folder, licence = made.root / "vendor", made.folder, made.file
+    ours, theirs = ("--passphrase-file", tmp_path / "ours"), ("--passphrase-file", tmp_path / "theirs")
+    none, nowhere = tmp_path / "none/none", tmp_path / "nowhere"
+    (tmp_path / "utf-16").write_bytes(OURS.encode("utf-16"))
+    new, clean = ("--keys", keys, "--name", "new"), ("--clean", made.root / "clean")
+    weights = made.root / "initial.safetensors"
+    give = ("issue", "cats-1", "--licensee", "Ada", "--vendor-passphrase-file", tmp_path / "ours", *theirs)
+    look = ("--name", "cats-1", "--keys", keys, *ours)
+    for command in (
+        ("verify", folder, "--vendor", none),
+        ("verify", folder, "--vendor", tmp_path / "ours"),
+        ("verify", folder, "--licence", none, *theirs),
+        ("verify", folder, "--licence", tmp_path, *theirs),
+        ("verify", folder, "--licence", licence, "--passphrase-file", none),
+        ("verify", folder, "--licence", licence, "--passphrase-file", tmp_path / "utf-16"),
+        ("verify", none, "--vendor", keys),
+        ("verify", licence, "--vendor", keys),
+        ("train", none, "--test", folder, "--licence", licence, *theirs, "--out", nowhere),
+        ("train", folder, "--test", none, "--licence", licence, *theirs, "--out", nowhere),
+        ("train", folder, "--test", folder, "--licence", none, *theirs, "--out", nowhere),
+        ("protect", none, *new, *ours, "--out", nowhere),
+        ("protect", folder, "--keys", none, "--name", "new", *ours, "--out", nowhere),
+        ("release", none, *new, *ours, "--weights", weights),
+        ("release", folder, "--keys", none, "--name", "new", *ours, "--weights", weights),
+        ("release", folder, *new, *ours, "--weights", none),
+        ("release", folder, *new, *ours, "--weights", weights, "--recipe", none),
+        ("release", folder, *new, *ours, "--weights", weights, "--audit", none),
+        ("release", folder, *new, *ours, "--stem", "--clean", none),
+        (*give, "--keys", none, "--out", nowhere),
+        (*give, "--keys", keys, "--out", nowhere, "--copy", tmp_path / "c", "--protected", none, *clean),
+        (
+            *give,
+            "--keys",
+            keys,
+            "--out",
+            nowhere,
+            "--copy",
+            tmp_path / "c",
+            "--protected",
+            folder,
+            "--clean",
+            none,
+        ),
+        ("issue", "dogs", *give[2:], "--keys", keys, "--out", nowhere),
+        ("trace", none, "--protected", folder, *look),
+        ("trace", folder, "--protected", none, *look),
+        ("trace", folder, "--protected", folder, "--name", "dogs", "--keys", keys, *ours),
+    ):
+        code = main([str(one) for one in ("license", *command)])
+        assert code == 3, (command, code, capfd.readouterr().err)
+        assert not nowhere.exists() and not (tmp_path / "c").exists()
+
+
+def test_a_passphrase_is_the_first_line_of_a_file(tmp_path: Path) -> None:
+    for content in (b"a b ", b"a b \n", b"a b \r\nc", b"\xef\xbb\xbfa b \nc"):
+        (tmp_path / "words").write_bytes(content)
+        assert read_passphrase(tmp_path / "words", "Passphrase") == "a b "
+    (tmp_path / "words").write_text("a\u2028b\x0cc\n")  # no ends of lines, where they are typed
+    assert read_passphrase(tmp_path / "words", "Passphrase") == "a\u2028b\x0cc"
+    for nothing in (b"", b"\nsecond"):
+        (tmp_path / "words").write_bytes(nothing)
+        with pytest.raises(UsageError, match="got an empty one"):
+            read_passphrase(tmp_path / "words", "Passphrase")
 
 
 @pytest.mark.parametrize("verb", ["keygen", "protect", "release", "issue", "verify", "train", "trace"])

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from privet.errors import (
     FileListError,
+    InputError,
     LicenceError,
     ManifestError,
     OtherReleaseError,
+    OutputError,
+    PrivetError,
     UsageError,
     WrongLicenceError,
 )
-from privet.files import read_lines
-from privet.images import ImageSet, open_images
+from privet.images import ImageSet, open_images, write_images
 from privet.learning import Runtime
 from privet.licensing import (
+    CopyPlan,
+    Issued,
     Licence,
     Suspect,
     Vendor,
@@ -34,10 +40,14 @@ from privet.licensing import (
     read_manifest,
     trace,
     verify,
+    write_licence,
     write_manifest,
 )
+from privet.licensing.ledger import read_ledger
+from privet.licensing.release import open_master
 from privet.models.keyed_stem import KeyedStem
 from privet.seeds import generator
+from tests.images.test_write import tree
 from tests.licensing.conftest import EASY, OURS, THEIRS, World
 
 PEOPLE = {f"copy-{number}": bytes([number]) * 32 for number in range(10)}
@@ -173,6 +183,14 @@ def test_the_statement_is_the_bound() -> None:
     for suspect in trace(copy, protected, PEOPLE):
         bound = min(1.0, 10 * math.exp(-(max(suspect.score, 0) ** 2) / 2))
         assert suspect.false_accusation == pytest.approx(bound)
+    (sure,) = trace(
+        mark(protect(pictures(40), None), pictures(40), b"1" * 32, epsilon=8),
+        protect(pictures(40), None),
+        {"copy": b"1" * 32},
+    )
+    assert (
+        sure.score > 60 and 0 < sure.false_accusation < 1e-300
+    )  # not impossible: only beyond what floats hold
     same = trace(protected, protected, PEOPLE)
     assert [suspect.score for suspect in same] == [0.0] * 10 and not guilty(same)
 
@@ -195,24 +213,26 @@ def test_what_cannot_be_traced() -> None:
 
 def with_a_copy(vendor: Vendor, name: str, folder: Path) -> Licence:
     """Return a licence that lets a copy be made, written into a folder."""
-    return issue(
-        vendor, "cats-1", OURS, licensee=name, passphrase=THEIRS, out=folder / name, copied=True, work=EASY
-    )
+    licence = open_master(vendor, "cats-1", OURS)
+    terms = replace(licence.terms, licensee=name, copy=vendor.copy_name("cats-1", name))
+    write_licence(folder / name, replace(licence, terms=terms), vendor, THEIRS, work=EASY)
+    return replace(licence, terms=terms)
 
 
 def test_copies_of_a_release(made: World, tmp_path: Path, runtime: Runtime) -> None:
     root = tmp_path
-    with pytest.raises(LicenceError, match="The ledger knows no copy of the release 'cats-2'"):
+
+    def plan(out: Path) -> CopyPlan:
+        return CopyPlan(out=out, protected=made.folder, clean=made.root / "clean", runtime=runtime, workers=1)
+
+    with pytest.raises(InputError, match="The ledger knows no copy of the release 'cats-2'"):
         find_leak(made.folder, made.folder, made.vendor, "cats-2", OURS)
     with pytest.raises(UsageError, match="issued with one"):
-        make_copy(made.folder, made.root / "clean", made.licence, made.vendor, root / "none", runtime=runtime)
+        make_copy(plan(root / "none"), made.licence, made.vendor)
     licences = {name: with_a_copy(made.vendor, name, root) for name in ("Bo", "Cy")}
     for name, licence in licences.items():
         for _ in range(2):  # again: what is there stays
-            make_copy(
-                made.folder, made.root / "clean", licence, made.vendor, root / f"{name}-copy",
-                runtime=runtime, workers=1,
-            )  # fmt: skip
+            make_copy(plan(root / f"{name}-copy"), licence, made.vendor)
         found = verify(root / f"{name}-copy", licence=licence)
         assert found.images == 12 and found.manifest.copy == licence.terms.copy
         verify(made.folder, licence=licence)
@@ -233,6 +253,15 @@ def test_copies_of_a_release(made: World, tmp_path: Path, runtime: Runtime) -> N
         for who, suspect in find_leak(root / "Bo-copy", made.folder, made.vendor, "cats-1", OURS)
     ]
     assert names == [("Bo", True), ("Cy", False)]
+    # However the images were found: without classes, among other files, or as one file.
+    files = sorted((root / "Bo-copy").rglob("*.png"))
+    (root / "loose/deeper").mkdir(parents=True)
+    for number, path in enumerate(files):
+        shutil.copy(path, root / "loose" / ("deeper" if number % 2 else "") / f"IMG_{number}")
+    (root / "loose/notes.txt").write_text("from a server")
+    for leaked in (root / "loose", root / "loose/deeper", root / "loose/IMG_0"):
+        who, suspect = find_leak(leaked, made.folder, made.vendor, "cats-1", OURS)[0]
+        assert who == "Bo" and suspect.guilty
 
 
 def with_a_ledger_of_its_own(made: World, folder: Path) -> Vendor:
@@ -247,7 +276,9 @@ def test_copies_are_made_of_the_licensed_release_alone(
     ours = with_a_ledger_of_its_own(made, tmp_path)
 
     def make(base: Path, licence: Licence, out: str, vendor: Vendor = ours) -> None:
-        make_copy(base, made.root / "clean", licence, vendor, tmp_path / out, runtime=runtime, workers=1)
+        clean = made.root / "clean"
+        plan = CopyPlan(out=tmp_path / out, protected=base, clean=clean, runtime=runtime, workers=1)
+        make_copy(plan, licence, vendor)
 
     first, second = (with_a_copy(ours, name, tmp_path) for name in ("Di", "Ed"))
     make(made.folder, first, "copy-of-Di")
@@ -282,27 +313,120 @@ def test_copies_are_made_of_the_licensed_release_alone(
     assert not (tmp_path / "refused").exists()
 
 
+def issue_to_fay(made: World, vendor: Vendor, folder: Path, runtime: Runtime, **changes: Any) -> Issued:
+    """Issue a licence with a copy; `changes` are those of `issue`, or of its `CopyPlan`."""
+    plan: dict[str, Any] = {"out": folder / "copy", "protected": made.folder, "clean": made.root / "clean"}
+    plan |= {name: changes.pop(name) for name in list(changes) if name in ("protected", "clean")}
+    if "copy" in changes:
+        plan["out"] = changes.pop("copy")
+    arguments: dict[str, Any] = {"licensee": "Fay", "passphrase": THEIRS, "out": folder / "Fay"}
+    copy = CopyPlan(**plan, runtime=runtime, workers=1)
+    return issue(vendor, "cats-1", OURS, work=EASY, copy=copy, **{**arguments, **changes})
+
+
 def test_a_licence_with_a_copy_waits_for_its_base(
-    made: World, copied: Callable[[], Path], tmp_path: Path
+    made: World, copied: Callable[[], Path], tmp_path: Path, runtime: Runtime
 ) -> None:
-    """Neither the ledger nor the licence tells of a copy that cannot be made."""
-    base, ours = copied(), with_a_ledger_of_its_own(made, tmp_path)
+    """Neither the ledger nor the licence tells of a copy that cannot be made, and the same command mended goes on."""
+    base = copied().rename(tmp_path / "base")
+    ours = with_a_ledger_of_its_own(made, tmp_path)
     manifest = read_manifest(base, public=ours.public)
-    ledger, file = ours.folder / "ledger.jsonl", tmp_path / "Fay"
-    entries = len(read_lines(ledger))
+    kept = (ours.folder / "ledger.jsonl").read_bytes()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/photo").touch()
+    strangers = pictures(12)
+    write_images(strangers, strangers, tmp_path / "strangers", workers=1)
+
+    def refused(error: type[PrivetError], message: str, **changes: Any) -> None:
+        with pytest.raises(error, match=message):
+            issue_to_fay(made, ours, tmp_path, runtime, **{"protected": base, **changes})
+        assert not (tmp_path / "Fay").exists() and not (tmp_path / "copy").exists()
+        assert (ours.folder / "ledger.jsonl").read_bytes() == kept
+
     for wrong, error, message in (
         ({"copy": "0123456789abcdef"}, UsageError, "is a licensee's copy"),
         ({"release": "cats-2"}, OtherReleaseError, "this is 'cats-2'"),
         ({"commitments": {}}, WrongLicenceError, "commits to"),
         ({"budget": None}, UsageError, "names none that is L-infinity"),
-        ({}, None, ""),
+        ({"budget": {"norm": "linf", "amount": 2}}, UsageError, "its budget was given as 2"),
     ):
         write_manifest(base, replace(manifest, **wrong), ours)  # type: ignore[arg-type]
-        arguments = {"licensee": "Fay", "passphrase": THEIRS, "out": file, "copied": True, "base": base}
-        if error is None:
-            issue(ours, "cats-1", OURS, work=EASY, **arguments)  # type: ignore[arg-type]
-            continue
-        with pytest.raises(error, match=message):
-            issue(ours, "cats-1", OURS, work=EASY, **arguments)  # type: ignore[arg-type]
-        assert not file.exists() and len(read_lines(ledger)) == entries
-    assert file.exists() and len(read_lines(ledger)) == entries + 1
+        refused(error, message)
+    write_manifest(base, manifest, ours)
+    refused(InputError, "no file or folder", clean=tmp_path / "no/such/place")
+    refused(
+        InputError,
+        "classes that the others lack",
+        clean=tmp_path / "strangers",
+    )
+    refused(OutputError, "holds other files", copy=tmp_path / "full")
+    refused(OutputError, "whose files it would be among", copy=base / "copy")
+    refused(OutputError, "whose files it would be among", copy=made.root / "clean/copy")
+    refused(OutputError, "which others will get", out=base / "Fay")
+    refused(OutputError, "which others will get", out=tmp_path / "copy/Fay")
+    issue_to_fay(made, ours, tmp_path, runtime, protected=base)
+    assert (tmp_path / "Fay").exists() and len(read_ledger(ours)) == 1 + len(kept.splitlines())
+
+
+def test_issued_again_it_does_what_is_left(
+    made: World, tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, stages = with_a_ledger_of_its_own(made, tmp_path), list[str]()
+
+    def again(*, stop: int | None = None, **changes: Any) -> Issued:
+        """Issue, and be interrupted at the report of that number."""
+        stages.clear()
+
+        def listen(stage: str, done: int, total: int) -> None:
+            stages.append(stage)
+            if len(stages) == stop:
+                raise KeyboardInterrupt
+
+        return issue_to_fay(made, ours, tmp_path, runtime, progress=listen, **changes)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def entries() -> list[Any]:
+        return [entry["licensee"] for entry in read_ledger(ours) if entry["licensee"] == "Fay"]
+
+    with monkeypatch.context() as patch:
+        # Not the function's, which hides its module's name.
+        patch.setattr(sys.modules["privet.licensing.issue"], "write_licence", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    files = len(read_manifest(made.folder, public=ours.public).files)
+    assert stages.count("verifying") == files  # read once
+    whole, reports = tree(tmp_path / "copy"), len(stages)
+    assert entries() == ["Fay"] and not (tmp_path / "Fay").exists()
+    shutil.rmtree(tmp_path / "copy")
+    for stop in range(1, reports + 1, 5):
+        with pytest.raises(KeyboardInterrupt):
+            again(stop=stop)
+        assert not (tmp_path / "Fay").exists()  # last
+    licence = again().licence
+    verify(tmp_path / "copy", licence=licence)
+    del whole["release.json"]  # which says when it was made
+    assert {name: data for name, data in tree(tmp_path / "copy").items() if name in whole} == whole
+    # The licence is out, and the copy was lost.
+    kept = (tmp_path / "Fay").read_bytes()
+    shutil.rmtree(tmp_path / "copy")
+    again()
+    verify(tmp_path / "copy", licence=licence)
+    assert (tmp_path / "Fay").read_bytes() == kept and entries() == ["Fay"]
+    for setting, value in {"licensee": "Gus", "expires": "2100-01-01", "passphrase": "another"}.items():
+        with pytest.raises(OutputError, match="Fay exists, and is no licence of these terms"):
+            again(stop=None, **{setting: value})
+    assert entries() == ["Fay"]
+
+
+def test_a_torn_line_of_the_ledger_takes_no_other_with_it(made: World, tmp_path: Path) -> None:
+    ours = with_a_ledger_of_its_own(made, tmp_path)
+    before = read_ledger(ours)
+    with (ours.folder / "ledger.jsonl").open("ab") as file:
+        file.write(b'{"release": "cats-1", "lice')
+    issue(ours, "cats-1", OURS, licensee="Hal", passphrase=THEIRS, out=tmp_path / "Hal", work=EASY)
+    assert [entry["licensee"] for entry in read_ledger(ours)] == [
+        *(entry["licensee"] for entry in before),
+        "Hal",
+    ]

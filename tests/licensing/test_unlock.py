@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused(runtime: Runtime) -> None:
         Lock(key=KEY, mode="sample")
     with pytest.raises(UsageError, match="lock needs a vendor's key"):
         Lock().settings()
-    with pytest.raises(UsageError, match="finds its own patterns"):
+    with pytest.raises(UsageError, match="lock protects with no earlier run's surrogate"):
         METHOD.protect(images, Job(runtime=runtime, surrogate=Path("surrogate.safetensors")))
 
 

@@ -144,6 +144,46 @@ def test_what_was_spoilt_is_found(case: str, made: World, copied: Copy) -> None:
         verify(folder, public=made.vendor.public, licence=made.licence, today=SOON)
 
 
+def test_what_systems_drop_into_folders_is_no_part_of_a_release(made: World, copied: Copy) -> None:
+    folder, public = copied(), made.vendor.public
+    clutter = [".DS_Store", "0/.DS_Store", "0/Thumbs.db", "desktop.ini", "0/._0000.png", ".abcd_1f9.tmp"]
+    for name in clutter:
+        (folder / name).write_bytes(b"what somebody's file manager keeps, or a kill left")
+    assert verify(folder, public=public).manifest == read_manifest(made.folder, public=public)
+    # Signed they are not either, so that whoever tidies up does not break the release.
+    release(
+        folder, made.vendor, "cats-1", OURS, stem=PLAN, clean=made.root / "clean",
+        weights=made.root / "initial.safetensors", recipe=RECIPE, work=EASY,
+    )  # fmt: skip
+    assert not set(clutter) & set(read_manifest(folder, public=public).files)
+    for name in clutter:  # an image is one too many, whatever it is called
+        shutil.copy(image_of(made.folder), folder / name)
+        with pytest.raises(FileListError, match=f"{name} in .*: not part of the release"):
+            verify(folder, public=public)
+        (folder / name).unlink()
+    (folder / "0/._0000.png").symlink_to("/")
+    with pytest.raises(FileListError, match="not a regular file"):
+        verify(folder, public=public)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    made: World, copied: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, look = copied(), os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("/1"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="Cannot read .*/1: Permission denied"):
+        verify(folder, public=made.vendor.public)
+    weights = made.root / "initial.safetensors"
+    with pytest.raises(InputError, match="Cannot read .*/1: Permission denied"):
+        release(folder, made.vendor, "b", OURS, weights=weights, work=EASY)
+
+
 def test_signed_nonsense_is_the_vendors_mistake(made: World, copied: Copy) -> None:
     folder = copied()
     for changes in (
@@ -201,7 +241,7 @@ def test_passphrases_and_torn_bundles(made: World, tmp_path: Path) -> None:
         read_licence(made.file, "wrong")
     with pytest.raises(UsageError, match="empty"):
         read_licence(made.file, "")
-    with pytest.raises(BundleError, match="Cannot read"):
+    with pytest.raises(InputError, match="Cannot read"):
         read_licence(tmp_path / "none", THEIRS)
     data = made.file.read_bytes()
     torn = tmp_path / "torn"
@@ -314,6 +354,22 @@ def test_keys_of_a_vendor_have_one_length(tmp_path: Path, length: int) -> None:
         Vendor.open(tmp_path / "vendor", OURS)
 
 
+def test_keys_that_a_kill_left_without_a_public_one(tmp_path: Path) -> None:
+    public = Vendor.create(tmp_path, OURS, work=EASY).public
+    (tmp_path / "vendor.pub").unlink()
+    key = (tmp_path / "vendor.key").read_bytes()
+    with pytest.raises(PassphraseError):
+        Vendor.create(tmp_path, "another's", work=EASY)
+    assert not (tmp_path / "vendor.pub").exists()
+    assert Vendor.create(tmp_path, OURS, work=EASY).public == public == read_public(tmp_path)
+    assert (tmp_path / "vendor.key").read_bytes() == key
+    with pytest.raises(OutputError, match="could trace no earlier release"):
+        Vendor.create(tmp_path, OURS, work=EASY)
+    (tmp_path / "vendor.key").unlink()  # moved to a safe place
+    with pytest.raises(OutputError, match="could trace no earlier release"):
+        Vendor.create(tmp_path, OURS, work=EASY)
+
+
 def test_merkle_root_against_recursion() -> None:
     import hashlib
 
@@ -355,9 +411,9 @@ def test_releases_that_cannot_be_made(made: World, tmp_path: Path) -> None:
     (tmp_path / "p/surrogate.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match="helps others to undo the protection"):
         release(tmp_path / "p", vendor, "a", OURS, weights=initial, work=EASY)
-    with pytest.raises(LicenceError, match="There is no release 'none'"):
+    with pytest.raises(InputError, match="There is no release 'none'"):
         issue(vendor, "none", OURS, licensee="A", passphrase="p", out=tmp_path / "l", work=EASY)
-    for wrong in ({"licensee": " "}, {"expires": "tomorrow"}):
+    for wrong in ({"licensee": " "}, {"expires": "tomorrow"}, {"expires": "2020-01-01"}):
         arguments = {"licensee": "A", "passphrase": "p", "out": tmp_path / "l", **wrong}
         with pytest.raises(UsageError):
             issue(vendor, "cats-1", OURS, work=EASY, **arguments)  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ def test_another_surrogate_is_another_run(runtime: Runtime, tmp_path: Path) -> N
         publish(blobs(6), method, tmp_path / str(seed), runtime=runtime, seed=seed)
     first, second = (tmp_path / f"{seed}/surrogate.safetensors" for seed in (0, 1))
     publish(blobs(6, seed=1), method, out, runtime=runtime, surrogate=first)
-    with pytest.raises(OutputError, match="another surrogate"):
+    with pytest.raises(OutputError, match="other settings: surrogate was"):
         publish(blobs(6, seed=1), method, out, runtime=runtime, surrogate=second)
 
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from privet.cli.options import FILES, MACHINE, Files, Machine
 from privet.cli.passphrase import read_passphrase
-from privet.cli.screen import progress, say
+from privet.cli.screen import progress, say, written
 from privet.errors import OK, UsageError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -57,7 +57,7 @@ def protect(
     out: Path,
     method: str = "keyed-em",
     preset: str | None = None,
-    epsilon: int = 8,
+    epsilon: int | None = None,
     set: Annotated[list[str], Parameter(name="--set", negative="")] | None = None,
     seed: int = 0,
     passphrase_file: Path | None = None,
@@ -85,7 +85,7 @@ def protect(
     preset
         paper (needs a GPU) or cpu. Default: paper where there is a GPU, else cpu.
     epsilon
-        Budget: no channel of a pixel changes by more, in 1/255.
+        Budget: no channel of a pixel changes by more, in 1/255. Default: 8.
     set
         Any other setting of the method, as NAME=VALUE; may be repeated. docs/methods.md lists them.
     seed
@@ -102,7 +102,7 @@ def protect(
     from privet.licensing import protect as make
     from privet.licensing.protect import keyed_method
 
-    settings = {**parse_settings(keyed_method(method), set or []), "epsilon": epsilon}
+    settings = parse_settings(keyed_method(method), set or [], epsilon=epsilon)
     vendor = Vendor.open(keys, read_passphrase(passphrase_file, "Passphrase of the vendor"))
     here = machine.find()
     preset = preset or ("paper" if here.device.type == "cuda" else "cpu")
@@ -219,6 +219,8 @@ def issue(
 ) -> int:
     """Write a licensee's licence and, with --copy, a copy of the files that can be traced to them.
 
+    The licence is written last. A killed run goes on when the same command is given again.
+
     Parameters
     ----------
     name
@@ -230,11 +232,11 @@ def issue(
     out
         The licence file to write; mode 0600.
     expires
-        Last day, YYYY-MM-DD. privet refuses the licence after it; nothing else can.
+        Last day, YYYY-MM-DD, not one that is over. privet refuses the licence after it; nothing else can.
     copy
         New folder for the licensee's own fingerprinted copy; needs --protected and --clean.
     protected
-        The release's folder, not a licensee's copy of it; checked before the licence is written.
+        The release's folder, not a licensee's copy of it.
     clean
         The originals, around which the budget is kept.
     vendor_passphrase_file
@@ -242,18 +244,25 @@ def issue(
     passphrase_file
         A file whose first line shall open the licence (default: asked for).
     """
-    from privet.licensing import Vendor, make_copy
+    from privet.licensing import CopyPlan, Vendor
     from privet.licensing import issue as make
 
-    if copy is not None and (protected is None or clean is None):
-        raise UsageError(
-            "A copy is made of the release's folder and the originals: give --protected and --clean."
-        )
+    plan = None
+    if copy is not None:
+        if protected is None or clean is None:
+            raise UsageError(
+                "A copy is made of the release's folder and the originals: give --protected and --clean."
+            )
+        from privet.learning import Runtime
+
+        here = Runtime.find("cpu", "float32")
+        here.alone("privet license issue")
+        plan = CopyPlan(out=copy, protected=protected, clean=clean, runtime=here)
     vendor_passphrase = read_passphrase(vendor_passphrase_file, "Passphrase of the vendor")
     vendor = Vendor.open(keys, vendor_passphrase)
     passphrase = read_passphrase(passphrase_file, f"New passphrase for {licensee}", twice=True)
     with progress() as listener:
-        licence = make(
+        issued = make(
             vendor,
             name,
             vendor_passphrase,
@@ -261,20 +270,13 @@ def issue(
             passphrase=passphrase,
             out=out,
             expires=expires,
-            copied=copy is not None,
-            base=None if copy is None else protected,
+            copy=plan,
             progress=listener,
         )
     say(f"Licence of {escape(licensee)} for {escape(name)} written to {escape(str(out))}")
-    if copy is not None and protected is not None and clean is not None:
-        from privet.cli.screen import written
-        from privet.learning import Runtime
-
-        here = Runtime.find("cpu", "float32")
-        with progress(here.rank) as listener:
-            made = make_copy(protected, clean, licence, vendor, copy, runtime=here, progress=listener)
-        return written(made, f"fingerprinted as copy {licence.terms.copy}", rank=here.rank)
-    return OK
+    if issued.copy is None:
+        return OK
+    return written(issued.copy, f"fingerprinted as copy {issued.licence.terms.copy}", rank=0)
 
 
 @license.command
@@ -391,7 +393,7 @@ def trace(
     Parameters
     ----------
     leaked
-        Images that were found, under whatever names.
+        Images that were found, under whatever names: a folder of them, however they lie there, or one file.
     protected
         The release's folder with its release.json: the files before any copy was marked.
     keys

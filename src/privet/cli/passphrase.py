@@ -13,10 +13,12 @@ def read_passphrase(file: Path | None, prompt: str, *, twice: bool = False) -> s
     """Return a passphrase from a file's first line or from the terminal; never from the command line."""
     if file is not None:
         try:
-            lines = file.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"Cannot read a passphrase from {file}.") from error
-        found = lines[0] if lines else ""
+            # Windows' editors begin a file with a mark that nobody types.
+            found = file.read_text("utf-8-sig").partition("\n")[0]
+        except OSError as error:
+            raise InputError(f"Cannot read a passphrase from {file}: {error.strerror or error}.") from error
+        except UnicodeDecodeError:  # whose text shows some of the file
+            raise InputError(f"Cannot read a passphrase from {file}: it is not UTF-8 text.") from None
     elif not sys.stdin.isatty():
         raise UsageError("There is no terminal to ask for a passphrase; give a file that holds it.")
     else:

@@ -1,8 +1,8 @@
 """Licensing: a release that is signed, licences for it, checks of both, and whose copy leaked."""
 
-from privet.licensing.copies import find_leak, make_copy
+from privet.licensing.copies import CopyPlan, find_leak, make_copy
 from privet.licensing.fingerprint import Suspect, mark, trace
-from privet.licensing.issue import issue
+from privet.licensing.issue import Issued, issue
 from privet.licensing.keys import Vendor, read_public
 from privet.licensing.licence import Licence, Terms, load_licence, read_licence, write_licence
 from privet.licensing.manifest import Manifest, read_manifest, write_manifest
@@ -13,6 +13,8 @@ from privet.licensing.unlock import Unlock
 from privet.licensing.verify import Verified, verify
 
 __all__ = [
+    "CopyPlan",
+    "Issued",
     "Licence",
     "Manifest",
     "StemPlan",

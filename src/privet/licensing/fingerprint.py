@@ -19,6 +19,7 @@ without rounding each keeps a score of about sqrt(N / k), with N chips.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -146,6 +147,9 @@ def trace(
     for copy, dot in dots.items():
         score = dot / math.sqrt(square) if square else 0.0
         bound = min(1.0, len(keys) * math.exp(-(max(score, 0.0) ** 2) / 2))
+        bound = max(
+            bound, sys.float_info.min
+        )  # none is ever impossible, though a float may not hold how improbable
         suspects.append(
             Suspect(copy=copy, score=score, false_accusation=bound, guilty=bound <= false_accusations)
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Self
 
-from privet.errors import BundleError, LicenceError, ManifestError, MissingExtraError, OutputError
+from privet.errors import BundleError, InputError, ManifestError, MissingExtraError, OutputError
 from privet.files import write_bytes
 from privet.licensing.sealed import WORK, read_sealed, write_sealed
 from privet.models.keyed_stem import KeyedStem, key_stream
@@ -40,21 +40,26 @@ class Vendor:
     def create(cls, folder: Path, passphrase: str, *, work: int = WORK) -> Self:
         """Draw new secrets from the system's generator and write them.
 
+        Where the key file lies without the public key, a killed call left it: then the public key is written.
+
         Args:
-            folder: gets `vendor.key` and `vendor.pub`; must have neither.
+            folder: gets `vendor.key` and `vendor.pub`; must not have the latter.
             passphrase: what opens the key file.
             work: as for `seal`.
 
         Raises:
             OutputError: there are keys already, or the folder cannot be written.
+            PrivetError: as `open`, of a key file without a public key.
         """
-        for name in (KEY, PUBLIC):
-            if (folder / name).exists():
-                raise OutputError(
-                    f"{folder / name} exists. Whoever replaced it could trace no earlier release; choose a new folder."
-                )
-        vendor = cls._of(folder, os.urandom(SIZE), os.urandom(SIZE))
-        write_sealed(folder / KEY, vendor._secret + vendor._signing, passphrase, work=work)
+        if (folder / PUBLIC).exists():
+            raise OutputError(
+                f"{folder / PUBLIC} exists. Whoever replaced it could trace no earlier release; choose a new folder."
+            )
+        if (folder / KEY).exists():
+            vendor = cls.open(folder, passphrase)
+        else:
+            vendor = cls._of(folder, os.urandom(SIZE), os.urandom(SIZE))
+            write_sealed(folder / KEY, vendor._secret + vendor._signing, passphrase, work=work)
         write_bytes(folder / PUBLIC, (vendor.public.hex() + "\n").encode())
         return vendor
 
@@ -63,7 +68,7 @@ class Vendor:
         """Read a vendor's secrets.
 
         Raises:
-            BundleError, VersionError, PassphraseError: as `read_sealed`.
+            InputError, BundleError, VersionError, PassphraseError: as `read_sealed`.
         """
         secrets = read_sealed(folder / KEY, passphrase)
         if len(secrets) != 2 * SIZE:
@@ -117,15 +122,19 @@ def read_public(path: Path) -> bytes:
     """Return the key of a `vendor.pub`.
 
     Raises:
-        LicenceError: it is not one.
+        InputError: it is not one.
     """
     path = path / PUBLIC if path.is_dir() else path
     try:
         key = bytes.fromhex(path.read_text("ascii").strip())
-    except (OSError, ValueError) as error:
-        raise LicenceError(f"{path} is not a vendor's public key.") from error
+    except OSError as error:
+        raise InputError(
+            f"Cannot read a vendor's public key from {path}: {error.strerror or error}."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a vendor's public key.") from error
     if len(key) != SIZE:
-        raise LicenceError(f"{path} is not a vendor's public key: expected {SIZE} bytes, got {len(key)}.")
+        raise InputError(f"{path} is not a vendor's public key: expected {SIZE} bytes, got {len(key)}.")
     return key
 
 

@@ -188,7 +188,7 @@ def read_licence(path: Path, passphrase: str, *, public: bytes | None = None) ->
             knew the passphrase put there.
 
     Raises:
-        BundleError, VersionError, PassphraseError: as `read_sealed`.
+        InputError, BundleError, VersionError, PassphraseError: as `read_sealed`.
         WrongLicenceError: another vendor's, or not as it was signed.
     """
     content = read_sealed(path, passphrase)

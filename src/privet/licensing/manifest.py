@@ -14,15 +14,16 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from privet.errors import FileListError, InputError, ManifestError, UsageError, VersionError
-from privet.files import WORKSPACE, sha256, write_bytes
+from privet.files import TEMPORARY, WORKSPACE, sha256, write_bytes
 from privet.images.picture import PictureError, decode
+from privet.images.source import CLUTTER
 from privet.licensing.keys import Vendor, check_signature
 from privet.parallel import ordered
 from privet.protection.surrogate import FILE as SURROGATE
@@ -31,6 +32,7 @@ NAME = "release.json"
 FORMAT = "privet-release-1"
 LARGEST = 1 << 30  # bytes of a manifest
 HEX = re.compile(r"[0-9a-f]{64}")
+DROPPED = frozenset((*CLUTTER, ".ds_store"))  # by Windows and macOS, into folders that somebody looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +121,12 @@ def _raw(tensor: Tensor) -> bytes:
 
 
 def describe_files(folder: Path, *, workers: int = 4) -> dict[str, FileRecord]:
-    """Return a record of every file of a release, the manifest itself aside.
+    """Return a record of every file of a release, the manifest itself and what a system or a kill left aside.
 
     Raises:
         InputError: nothing is there, or something that must not be published.
     """
-    paths = list(list_files(folder))
+    paths = [path for path in list_files(folder) if not dropped(folder, path)]
     if not paths:
         raise InputError(f"There is no file in {folder} to release.")
     for path in paths:
@@ -144,15 +146,19 @@ def list_files(folder: Path) -> Iterator[str]:
     """Yield the path of every published file, sorted; links and pipes are an error.
 
     Raises:
-        InputError: the folder is none, or it is an unfinished run's.
+        InputError: the folder is none, cannot be read, or is an unfinished run's.
         FileListError: something in it is not a regular file.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
     if (folder / WORKSPACE).exists():
         raise InputError(f"{folder} holds an unfinished run. Give its command again, then come back.")
+
+    def unreadable(error: OSError) -> NoReturn:
+        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from error
+
     found = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=unreadable):
         for name in (*names, *(one for one in folders if Path(place, one).is_symlink())):
             path = Path(place, name)
             if not stat.S_ISREG(path.lstat().st_mode):
@@ -163,6 +169,17 @@ def list_files(folder: Path) -> Iterator[str]:
                 )
             found.append(path.relative_to(folder).as_posix())
     yield from (path for path in sorted(found) if path != NAME)
+
+
+def dropped(folder: Path, path: str) -> bool:
+    """Say whether a file of a folder is none of the release's: one that a system or a kill left there, and no image."""
+    name = PurePosixPath(path).name
+    known = (
+        name.casefold() in DROPPED
+        or name.startswith("._")  # macOS, beside each file on foreign disks
+        or TEMPORARY.fullmatch(name) is not None
+    )
+    return known and pixels_digest((folder / path).read_bytes()) is None
 
 
 def pixels_digest(data: bytes) -> str | None:
@@ -187,18 +204,21 @@ def read_manifest(folder: Path, *, public: bytes) -> Manifest:
     """Return a folder's manifest, after its signature was checked.
 
     Raises:
-        ManifestError: there is none, it is damaged, or the owner of `public` did not sign it.
+        InputError: there is no such folder, or the manifest cannot be read.
+        ManifestError: the folder has none, it is damaged, or the owner of `public` did not sign it.
         VersionError: another version's.
     """
     path = folder / NAME
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.")
     try:
         if path.stat().st_size > LARGEST:
             raise ManifestError(f"{path} is larger than any manifest.")
         data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ManifestError(f"There is no {NAME} in {folder}. Get the whole release.") from error
     except OSError as error:
-        raise ManifestError(
-            f"Cannot read {path}: {error.strerror or error}. Get the whole release."
-        ) from error
+        raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
     return parse_manifest(data, public=public, name=str(path))
 
 

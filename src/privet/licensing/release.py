@@ -187,7 +187,7 @@ def images_path(vendor: Vendor, name: str) -> Path:
 def open_master(vendor: Vendor, name: str, passphrase: str) -> Licence:
     path = master_path(vendor, name)
     if not path.exists():
-        raise LicenceError(f"There is no release {name!r} in {vendor.folder}.")
+        raise InputError(f"There is no release {name!r} in {vendor.folder}.")
     return read_licence(path, passphrase, public=vendor.public)
 
 

@@ -15,7 +15,14 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from privet.errors import BundleError, MissingExtraError, PassphraseError, UsageError, VersionError
+from privet.errors import (
+    BundleError,
+    InputError,
+    MissingExtraError,
+    PassphraseError,
+    UsageError,
+    VersionError,
+)
 from privet.files import write_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +46,8 @@ def read_sealed(path: Path, passphrase: str) -> bytes:
     """Return what a sealed file holds.
 
     Raises:
-        BundleError: there is none, or it is damaged.
+        InputError: it cannot be read.
+        BundleError: it is damaged.
         VersionError: another version's.
         PassphraseError: the passphrase does not open it.
     """
@@ -48,7 +56,7 @@ def read_sealed(path: Path, passphrase: str) -> bytes:
             raise BundleError(f"{path} is larger than any file that privet seals.")
         data = path.read_bytes()
     except OSError as error:
-        raise BundleError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
     return unseal(data, passphrase, name=str(path))
 
 

@@ -16,7 +16,7 @@ from privet.errors import (
 )
 from privet.files import sha256
 from privet.licensing.licence import Licence
-from privet.licensing.manifest import FileRecord, Manifest, list_files, pixels_digest, read_manifest
+from privet.licensing.manifest import FileRecord, Manifest, dropped, list_files, pixels_digest, read_manifest
 from privet.parallel import ordered
 from privet.progress import Progress, silent
 
@@ -54,8 +54,9 @@ def verify(
         progress: told about files.
 
     Raises:
+        InputError: the folder is none, or cannot be read.
         ManifestError, VersionError: the manifest is not what this vendor signed.
-        FileListError: a file is missing, or one too many.
+        FileListError: a file is missing, or one too many; what operating systems drop into folders does not count.
         ChangedFileError, ReencodedError: a file is not the one that was signed.
         OtherReleaseError, WrongLicenceError, ExpiredError: the licence does not hold for this release.
         UsageError: neither a key nor a licence: anybody could have signed.
@@ -110,10 +111,10 @@ def refuse_copy(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_list(folder: Path, manifest: Manifest) -> None:
-    there = set(list_files(folder))
+    there, signed = set(list_files(folder)), set(manifest.files)
     for found, what in (
-        (set(manifest.files) - there, "missing"),
-        (there - set(manifest.files), "not part of the release"),
+        (signed - there, "missing"),
+        ({path for path in there - signed if not dropped(folder, path)}, "not part of the release"),
     ):
         if found:
             raise FileListError(f"{_some(sorted(found))} in {folder}: {what}. Get the whole release again.")
