@@ -3,6 +3,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +19,7 @@ from tests.conftest import blobs
 from tests.images.test_write import shifted, tree
 
 from privet.audit import Cell, Plan, RunStore, run_audit
+from privet.cli import main
 from privet.errors import InputError, OutputError
 from privet.images import compare_all, open_images, pair, write_images
 from privet.learning import Job, Learner, Runtime
@@ -25,6 +30,13 @@ from privet.report import write_report
 
 Make = Callable[..., Path]
 
+TERMINAL = """
+import signal, sys
+from privet.cli import main
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs behind
+    sys.exit(main(sys.argv[1:]))
+"""
 PLAN = Plan(
     recoveries=("none", "jpeg-50", "adversarial-2"),
     architectures=("cnn-w4", "simclr:resnet8-w4"),
@@ -130,6 +142,46 @@ def test_results_do_not_depend_on_workers_or_interruptions(
     assert (tmp_path / "parts/cells.jsonl").read_bytes() == cells
 
 
+def test_ctrl_c_in_a_terminal_keeps_finished_cells_and_the_next_run_goes_on(
+    sets: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    clean, protected, test = map(str, sets)
+    options = ["--device", "cpu", "--epochs", "10", "--seeds", "1", "--recoveries", "none,jpeg-50"]
+    options += ["--architectures", "cnn-w4,resnet8-w4"]
+
+    def command(out: str, workers: int) -> list[str]:
+        places = ["audit", clean, protected, "--test", test, "--out", str(tmp_path / out)]
+        return [*places, *options, "--workers", str(workers)]
+
+    cells = tmp_path / "parts/cells.jsonl"
+    script = tmp_path / "audit.py"
+    script.write_text(TERMINAL)
+    audit = subprocess.Popen(
+        [sys.executable, script, *command("parts", 2)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        until = time.monotonic() + 120
+        while not (cells.exists() and cells.read_bytes().count(b"\n")) and time.monotonic() < until:
+            time.sleep(0.02)
+        os.killpg(audit.pid, signal.SIGINT)
+        _, errors = audit.communicate(timeout=60)
+    finally:
+        audit.kill()
+    assert audit.returncode == 130
+    assert "Traceback" not in errors
+    kept = cells.read_bytes()
+    assert 1 <= kept.count(b"\n") < 12
+    for out in ("parts", "whole"):
+        assert main(command(out, 1)) == 0
+    assert cells.read_bytes().startswith(kept) and cells.read_bytes().count(b"\n") == 12
+    assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
+
+
 def test_sets_that_do_not_belong_together(
     sets: tuple[Path, Path, Path], runtime: Runtime, tmp_path: Path, make_folder: Make
 ) -> None:
@@ -158,7 +210,9 @@ def test_another_audit_s_folder_is_left_alone(
     clean, protected, test = sets
     plan = replace(PLAN, recoveries=("none",), seeds=(0,), architectures=("cnn-w4",))
     run_audit(clean, protected, test=test, out=tmp_path / "out", plan=plan, runtime=runtime)
-    with pytest.raises(OutputError, match=r"holds a finished run with other settings: plan\.seeds was \[0\] and is \[1\] now"):
+    with pytest.raises(
+        OutputError, match=r"holds a finished run with other settings: plan\.seeds was \[0\] and is \[1\] now"
+    ):
         run_audit(
             clean, protected, test=test, out=tmp_path / "out", plan=replace(plan, seeds=(1,)), runtime=runtime
         )

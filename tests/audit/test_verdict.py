@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,13 +108,18 @@ def test_a_control_that_protects_as_well_ends_in_no_verdict() -> None:
     verdict, flags = audit(lambda cell: 0.8 if cell.data == "clean" else 0.15)
     assert verdict.grade == "inconclusive"
     assert verdict.headline == "No verdict: the audit's own controls failed (control-protects)."
+    assert {grade.grade for grade in verdict.grades} == {"untested"}  # neither withstood nor broken
+    assert all(one.startswith("Nothing can be said of") for one in verdict.sentences)
     assert names(flags)[0] == "control-protects"
     assert "Random noise of the same size hurts resnet10-w16 as well (15.0% against 80.0%" in flags[0].says
 
 
 def test_learners_that_learn_nothing_prove_nothing() -> None:
-    verdict, flags = audit(lambda cell: 0.12)
+    verdict, flags = audit(lambda cell: 0.09)
     assert verdict.grade == "inconclusive"
+    assert {grade.grade for grade in verdict.grades} == {
+        "untested"
+    }  # and not "fails", as nothing was taken away
     assert "clean-not-learned" in names(flags)
 
 
@@ -177,6 +183,19 @@ def test_doubts_about_files(change: dict[str, Any], flag: str, grave: bool) -> N
     verdict, flags = audit(good, facts=replace(FACTS, **change))
     assert (flag, grave) in [(one.name, one.grave) for one in flags]
     assert verdict.grade == ("inconclusive" if grave else "holds")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_of_a_prior_that_sees_no_noise_nothing_can_be_learned(known: bool) -> None:
+    def about(here: float) -> Facts:
+        seen = 0 if known else None
+        return replace(FACTS, prior=PriorFacts(clean=seen, test=seen, own=0.98 if known else None, here=here))
+
+    verdict, flags = audit(good, facts=about(0.97))
+    assert names(flags) == (["prior-blind"] if known else ["prior-blind", "prior-unknown"])
+    assert "its error on the test images is 0.97, and 1 is that of seeing no noise at all" in flags[0].says
+    assert verdict.grade == "inconclusive" and "(prior-blind)" in verdict.headline
+    assert "prior-blind" not in names(audit(good, facts=about(0.6))[1])
 
 
 @pytest.mark.parametrize(
@@ -291,6 +310,19 @@ def test_plans() -> None:
 def test_impossible_plans_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan(**{"preset": "cpu", **change})
+
+
+def test_a_prior_that_nothing_denoises_with_is_refused() -> None:
+    with pytest.raises(UsageError, match="None of the recoveries none, jpeg-10 denoises with a prior"):
+        replace(PLAN, recoveries=("none", "jpeg-10"), prior="somewhere")
+
+
+def test_a_plan_tells_initial_weights_by_what_they_are(tmp_path: Path) -> None:
+    def settings(data: bytes) -> dict[str, Any]:
+        (tmp_path / "weights").write_bytes(data)
+        return replace(PLAN, learner=Learner(weights=tmp_path / "weights")).settings()
+
+    assert settings(b"one") == settings(b"one") != settings(b"another")
 
 
 def test_a_learner_without_labels_cannot_look_for_the_hardest_distortion() -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,13 @@ class Checker(HTMLParser):
         self.text += data
 
 
-def audit(images: ImageSet | None = None, *, seeds: tuple[int, ...] = (0, 1), plain: float = 0.2) -> Audit:
+def audit(
+    images: ImageSet | None = None,
+    *,
+    seeds: tuple[int, ...] = (0, 1),
+    plain: float = 0.2,
+    noisy: float = 0.75,
+) -> Audit:
     clean = images or blobs(20, size=(16, 16))
     protected = shifted(clean, 5)
     plan = Plan(
@@ -67,7 +74,8 @@ def audit(images: ImageSet | None = None, *, seeds: tuple[int, ...] = (0, 1), pl
     )
 
     def result(cell: Cell) -> dict[str, Any]:
-        last = (plain if cell.data == "protected" and cell.recovery == "none" else 0.75) + 0.02 * cell.seed
+        level = {"clean": 0.75, "random": noisy, "protected": plain if cell.recovery == "none" else 0.75}
+        last = level[cell.data] + 0.02 * cell.seed
         line = {"loss": 1.0, "train_accuracy": 0.9}
         history = [{"epoch": epoch, "accuracy": last * epoch / 3, **line} for epoch in (1, 2, 3)]
         return {"last": last, "best": last, "best_epoch": 3, "history": history}
@@ -155,6 +163,15 @@ def test_every_grade_can_be_seen_and_an_unknown_one_is_explained(tmp_path: Path)
     ).read_text("utf-8")
 
 
+def test_where_a_control_failed_nothing_is_graded(tmp_path: Path) -> None:
+    page = write_report(audit(noisy=0.3), tmp_path).read_text("utf-8")
+    assert "No verdict: the audit&#39;s own controls failed (control-protects)." in page
+    table = page[page.index("<table>") : page.index("</table>")]
+    assert re.findall(r'class="grade (\w+)"', table) == ["untested"] * 4
+    assert re.findall(r'<td class="number">([^<]*)</td></tr>', table) == ["–"] * 4
+    assert "Untested: the audit's own controls failed" in page
+
+
 def test_a_share_of_less_than_an_accuracy_is_uncertain_by_is_not_given() -> None:
     for plain, given in ((0.72, False), (0.68, True)):  # 300 test images tell 0.75 by 0.06
         (_, jpeg, *_others) = summarise(audit(plain=plain))["recoveries"]
@@ -237,9 +254,27 @@ def test_the_worst_come_first() -> None:
     pixels = clean.pixels.clone()
     for index, change in ((3, 9), (1, 5), (2, 1)):
         pixels[index] = (pixels[index].short() + change).clamp(0, 255).byte()
-    image, shown = worst_strips(clean, clean.with_pixels(pixels), 4)
+    image, columns, shown = worst_strips(clean, clean.with_pixels(pixels), 4)
     assert [name for name, _ in shown] == [clean.names[index] for index in (3, 1, 2, 0)]
+    assert columns == ["original", "changed", "the difference, 14.1 times"]
     assert isinstance(image, Image.Image)
+
+
+def test_of_versions_a_strip_shows_all() -> None:
+    clean = replace(blobs(4), names=("0/a", "1/b-c", "2/b", "0/d"))
+    steps = {"x": (2, 9, 2, 9), "grayscale+y-1": (4, 2, 2, 9)}
+    pixels = [clean.pixels[index] // by for changes in steps.values() for index, by in enumerate(changes)]
+    names = tuple(f"{name}-{version}" for version in steps for name in clean.names)
+    order = torch.tensor([5, 0, 7, 6, 1, 2, 4])  # as a folder is read; "0/d-x" was skipped
+    every = replace(clean.subset([0, 1, 2, 3] * 2), pixels=torch.stack(pixels), names=names)
+    image, columns, shown = worst_strips(clean, every.subset(order), 2)
+    assert columns == ["original", "grayscale+y-1", "x"]
+    assert [name for name, _ in shown] == [
+        f"{name}, {version}" for name in ("1/b-c", "0/a") for version in columns[1:]
+    ]
+    assert image.size == (3 * 8 * 12 + 2 * 4 * 12, (2 * 8 + 4) * 12)
+    found = np.asarray(image)[::12, ::12][:8, 12:20]  # first row, second column
+    assert np.array_equal(found, pixels[5].permute(1, 2, 0).numpy())
 
 
 def test_the_embedded_picture_is_the_strips(tmp_path: Path) -> None:

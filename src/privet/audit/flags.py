@@ -12,6 +12,7 @@ from privet.audit.store import Plan
 from privet.learning.confidence import uncertainty
 from privet.models import family
 from privet.recovery import uses_prior
+from privet.recovery.prior import BLIND
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,15 +200,27 @@ def _training(table: Sequence[Row]) -> list[Flag]:
 def _prior(facts: Facts) -> list[Flag]:
     if facts.prior is None:
         return []
+    flags = []
+    if facts.prior.here >= BLIND:
+        flags.append(
+            Flag(
+                name="prior-blind",
+                narrow=True,  # what denoises with it was not really tried
+                says="The prior is blind to images like these: its error on the test images is "
+                f"{facts.prior.here:.2f}, and 1 is that of seeing no noise at all. Recoveries with it add noise and "
+                "take hardly any off, so their failure says nothing. Train one with more steps, or on images more "
+                "like these.",
+            )
+        )
     if facts.prior.clean is None:
-        return [
+        flags.append(
             Flag(
                 name="prior-unknown",
                 says="Nobody knows which images the prior was trained on. If the originals or the test images were "
                 "among them, recoveries with it look better than they are.",
             )
-        ]
-    flags = []
+        )
+        return flags
     if facts.prior.own is not None and facts.prior.here > FOREIGN * facts.prior.own:
         flags.append(
             Flag(

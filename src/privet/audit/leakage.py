@@ -128,6 +128,7 @@ def audit_leakage(
         "plan": plan.record(),
         "source": source,
         "victims": digest(victims[NONE], public),
+        "images": images.digest,
         "test": test and test.digest,
         "gallery": gallery and gallery.record(),
         "device": describe_device(runtime.device, torch.get_num_threads()),

@@ -15,7 +15,7 @@ from torch import Tensor
 from privet.audit.licence_plan import DISTILLED, LICENSEE, RECOVERY, LicencePlan, Seat
 from privet.audit.licence_verdict import LicenceRow, LicenceVerdict, judge_licence, licence_rows
 from privet.audit.outsiders import Released, Sets, prepare
-from privet.audit.pool import each
+from privet.audit.pool import each, looks
 from privet.audit.statistics import chance
 from privet.audit.store import RunStore
 from privet.errors import InputError
@@ -63,6 +63,8 @@ def audit_licence(
     out: Path,
     plan: LicencePlan,
     runtime: Runtime,
+    split: str | None = None,
+    test_split: str | None = None,
     workers: int = 1,
     progress: Progress = silent,
     finished: Callable[[Seat, dict[str, Any], int, int], None] | None = None,
@@ -77,8 +79,10 @@ def audit_licence(
         out: folder for cells.jsonl and run.json; nothing secret stays in it.
         plan: the grid.
         runtime: where.
+        split: of the originals, as for `open_images`.
+        test_split: of the test images, likewise.
         workers: learners trained at a time, each in a process of its own.
-        progress: told about images while files are read.
+        progress: told about images while files are read, and while learners train.
         finished: told about each learner, its result, and how many of how many are done.
 
     Raises:
@@ -88,8 +92,9 @@ def audit_licence(
     """
     verify(folder, licence=licence, progress=progress)
     protected = open_images(folder, progress=progress)
-    originals = open_images(clean, size=protected.size, progress=progress)
-    tested = align(open_images(test, size=protected.size, progress=progress), originals.class_names)
+    originals = open_images(clean, size=protected.size, split=split, progress=progress)
+    tested = open_images(test, size=protected.size, split=test_split, progress=progress)
+    tested = align(tested, originals.class_names)
     originals, protected = pair(originals, protected)
     for architecture in plan.architectures:  # before hours of work
         create_model(architecture, classes=originals.classes, size=originals.size)
@@ -128,13 +133,26 @@ def audit_licence(
         stem=licence.stem is not None, lock=licence.lock is not None, weights=bool(licence.weights)
     )
     arguments = (release, plan, runtime, out / WORKSPACE, initial)
+
+    def keep(trained: tuple[Seat, dict[str, Any], float]) -> None:
+        seat, result, seconds = trained
+        store.add(seat, result, seconds=seconds)
+        if finished is not None:
+            finished(seat, result, sum(one in store.results for one in seats), len(seats))
+
     # The licensee's network must be there before anybody imitates it.
     for imitators in (False, True):
         todo = [one for one in seats if one not in store.results and (one.who == DISTILLED) == imitators]
-        for seat, result, seconds in each(todo, Trainer, arguments, workers=workers, threads=threads):
-            store.add(seat, result, seconds=seconds)
-            if finished is not None:
-                finished(seat, result, sum(one in store.results for one in seats), len(seats))
+        each(
+            todo,
+            Trainer,
+            arguments,
+            keep=keep,
+            images=[looks(plan.learner_of(seat, weights=None), len(originals)) for seat in todo],
+            workers=workers,
+            threads=threads,
+            progress=progress,
+        )
     results = {seat: store.results[seat] for seat in seats}
     table = licence_rows(results)
     at_random = chance(tested)
@@ -189,7 +207,7 @@ class Trainer:
         self.who = ""
         self.sets: Sets
 
-    def __call__(self, seat: Seat) -> tuple[Seat, dict[str, Any], float]:
+    def __call__(self, seat: Seat, progress: Progress) -> tuple[Seat, dict[str, Any], float]:
         """Return the seat, its result as JSON values, and the seconds that it took."""
         started = time.perf_counter()
         if self.who != seat.who:
@@ -213,6 +231,7 @@ class Trainer:
             seed=seat.seed,
             answers=self._answers() if seat.who == DISTILLED else None,
             checkpoint=checkpoint,
+            progress=progress,
         )
         main, first = self.plan.architectures[0], self.plan.seeds[0]
         if seat == Seat(who=LICENSEE, architecture=main, seed=first):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,16 @@ import safetensors.torch
 import torch
 
 from privet.audit.flags import Facts, Flag, PriorFacts, find_flags
-from privet.audit.pool import each
+from privet.audit.pool import each, looks
 from privet.audit.statistics import Row, chance, rows
 from privet.audit.store import DATA, Cell, Plan, RunStore
 from privet.audit.verdict import Verdict, judge
 from privet.errors import InputError, UsageError
 from privet.files import (
-    RUN,
     WORKSPACE,
     append_line,
     claim,
     finish,
-    read_json,
     read_lines,
     released,
     write_bytes,
@@ -32,8 +30,8 @@ from privet.images import Budget, ImageSet, Similarity, align, by_psnr, compare_
 from privet.images.image_set import SourceFile
 from privet.images.picture import PictureError, decode
 from privet.images.similarity import compare
-from privet.learning import Job, Learner, Runtime, learn
-from privet.learning.publication import versions
+from privet.learning import Job, Runtime, learn
+from privet.learning.publication import protection_record, versions
 from privet.learning.runtime import describe_device
 from privet.models import create_model
 from privet.progress import Progress, silent
@@ -104,6 +102,9 @@ def run_audit(
     runtime: Runtime,
     seed: int = 0,
     size: int | None = None,
+    split: str | None = None,
+    test_split: str | None = None,
+    limit: int | None = None,
     workers: int = 1,
     progress: Progress = silent,
     finished: Callable[[Cell, dict[str, Any], int, int], None] | None = None,
@@ -119,18 +120,21 @@ def run_audit(
         runtime: where learners train.
         seed: of the random control.
         size: as for `open_images`.
+        split: of the clean images, likewise.
+        test_split: of the test images, likewise.
+        limit: use only so many of the clean images, likewise.
         workers: learners trained at a time, each in a process of its own with one thread. On a CPU
             two such processes do more than one with two threads; on a GPU leave it at 1.
-        progress: told about images while files are prepared.
+        progress: told about images while files are prepared, and while learners train.
         finished: told about each cell, its result, and how many of how many are done.
 
     Raises:
         InputError: the sets do not belong together.
         OutputError: `out` holds another audit.
     """
-    opened = [open_images(clean, size=size, progress=progress)]
-    opened += [open_images(source, size=opened[0].size, progress=progress) for source in (protected, test)]
-    first, second, third = opened
+    first = open_images(clean, size=size, split=split, limit=limit, progress=progress)
+    second = open_images(protected, size=first.size, progress=progress)
+    third = open_images(test, size=first.size, split=test_split, progress=progress)
     for architecture in plan.architectures:  # before hours of work
         create_model(architecture, classes=first.classes, size=first.size)
     threads = 1 if runtime.device.type == "cpu" else torch.get_num_threads()
@@ -149,7 +153,9 @@ def run_audit(
     }
     claim(out, run)
     with released(out):
-        material = _prepare(first, second, third, _protection(protected), plan, out, runtime, seed, progress)
+        material = _prepare(
+            first, second, third, protection_record(protected), plan, out, runtime, seed, progress
+        )
     store = RunStore(out / CELLS, Cell)
     todo = [cell for cell in plan.cells() if cell not in store.results]
     total = len(plan.cells())
@@ -163,12 +169,23 @@ def run_audit(
         seconds = None if begun else round(time.perf_counter() - started, 3)  # of a part it would mislead
         if (data, recovery) not in measured:
             append_line(out / COSTS, {"data": data, "recovery": recovery, "seconds": seconds, "facts": found})
-    for cell, result, seconds in each(
-        todo, Trainer, (sets, plan, runtime, seed, out), workers=workers, threads=threads
-    ):
+
+    def keep(trained: tuple[Cell, dict[str, Any], float]) -> None:
+        cell, result, seconds = trained
         store.add(cell, result, seconds=seconds)
         if finished is not None:
             finished(cell, result, total - len(todo) + sum(one in store.results for one in todo), total)
+
+    each(
+        todo,
+        Trainer,
+        (sets, plan, runtime, seed, out),
+        keep=keep,
+        images=[looks(plan.learner_of(cell), material.facts.paired) for cell in todo],
+        workers=workers,
+        threads=threads,
+        progress=progress,
+    )
     table = rows(plan, store.results)
     flags = find_flags(plan, table, material.facts)
     audit = Audit(
@@ -310,13 +327,6 @@ def _compare(one: SourceFile, other: SourceFile) -> Similarity:
     return compare(before.rgb, after.rgb, ssim=False)
 
 
-def _protection(source: str | Path) -> dict[str, Any] | None:
-    """Return the run.json of a protected folder, if privet wrote it."""
-    path = Path(source) / RUN
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found.get("method"), str) and isinstance(found.get("settings"), dict) else None
-
-
 def recover(
     images: ImageSet,
     data: str,
@@ -364,7 +374,7 @@ class Trainer:
         self.key: tuple[str, str] | None = None
         self.images: tuple[ImageSet, ImageSet]
 
-    def __call__(self, cell: Cell) -> tuple[Cell, dict[str, Any], float]:
+    def __call__(self, cell: Cell, progress: Progress) -> tuple[Cell, dict[str, Any], float]:
         """Return the cell, its result as JSON values, and the seconds that it took."""
         started = time.perf_counter()
         recovery = create_recovery(cell.recovery, prior=self.plan.prior)
@@ -380,13 +390,19 @@ class Trainer:
             )
             self.images = images, recovery.present(self.sets["test"], facts)
             self.key = cell.data, cell.recovery
-        learner: Learner = recovery.adapt(replace(self.plan.learner, architecture=cell.architecture))
-        learner = learner.for_versions(len(self.images[0]) // len(self.sets[cell.data]))
+        learner = self.plan.learner_of(cell).for_versions(len(self.images[0]) // len(self.sets[cell.data]))
         name = f"{cell.data}-{cell.recovery}-{cell.architecture}-{cell.seed}".replace("/", "-").replace(
             ":", "-"
         )
         checkpoint = self.out / WORKSPACE / f"{name}.safetensors"
-        learned = learn(*self.images, learner, runtime=self.runtime, seed=cell.seed, checkpoint=checkpoint)
+        learned = learn(
+            *self.images,
+            learner,
+            runtime=self.runtime,
+            seed=cell.seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
         checkpoint.unlink(missing_ok=True)
         return cell, learned.record(), time.perf_counter() - started
 

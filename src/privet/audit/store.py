@@ -10,7 +10,7 @@ from privet.errors import OutputError, UsageError
 from privet.files import append_line, read_lines
 from privet.learning import Learner
 from privet.models import create_model
-from privet.recovery import create_recovery
+from privet.recovery import create_recovery, uses_prior
 from privet.recovery.prior import fingerprint
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class Plan:
             )
         for architecture in self.architectures:
             create_model(architecture, classes=2, size=(32, 32))
+        if self.prior is not None and not any(uses_prior(name, given=True) for name in self.recoveries):
+            raise UsageError(
+                f"None of the recoveries {', '.join(self.recoveries)} denoises with a prior: leave the prior out, or "
+                "add one that does (purify, jcdp, avatar, versions)."
+            )
         for recovery in self.recoveries:
             tried = create_recovery(recovery, prior=self.prior)
             for architecture in self.architectures:
@@ -87,17 +92,21 @@ class Plan:
             for seed in self.seeds
         ]
 
+    def learner_of(self, cell: Cell) -> Learner:
+        """Return how a cell's learner trains, where its recovery makes one version of each image."""
+        recovery = create_recovery(cell.recovery, prior=self.prior)
+        return recovery.adapt(replace(self.learner, architecture=cell.architecture))
+
     def settings(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        learner = asdict(self.learner)
+        learner = self.learner.record()
         learner.pop("architecture")
-        weights = learner["weights"]
         return {
             "recoveries": list(self.recoveries),
             "prior": None if self.prior is None else fingerprint(self.prior),
             "architectures": list(self.architectures),
             "seeds": list(self.seeds),
-            "learner": {**learner, "weights": None if weights is None else str(weights)},
+            "learner": learner,
         }
 
 

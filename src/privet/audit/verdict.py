@@ -23,8 +23,10 @@ class Grade:
     Attributes:
         recovery: its name.
         grade: "holds" (at most a quarter is learned), "weakens" (at most 60 %), "fails", or
-            "untested" (little is learned, but little is learned from the controls too).
-        kept: the share that the luckiest learner still learned, over all architectures and seeds.
+            "untested" (little is learned, but little is learned from the controls too; or the audit's own controls
+            failed, and nothing can be said at all).
+        kept: the share that the luckiest learner still learned, over all architectures and seeds; means nothing where
+            nothing was tested.
         accuracy: what that learner reached on clean images.
         architecture: which it was.
         reference: what the same architecture reaches on clean images without any recovery, on average.
@@ -64,11 +66,13 @@ class Verdict:
 
 def judge(plan: Plan, table: Sequence[Row], flags: Sequence[Flag], facts: Facts) -> Verdict:
     """Judge by what the luckiest learner reached: an unauthorised party tries more than once."""
+    grave = [flag.name for flag in flags if flag.grave]
     grades = tuple(_grade(recovery, table, facts.chance) for recovery in plan.recoveries)
+    if grave:
+        grades = tuple(replace(grade, grade="untested", untested=plan.architectures) for grade in grades)
     failing = [grade for grade in grades if grade.grade in ("weakens", "fails")]
     withstood = [describe(grade.recovery) for grade in grades if grade.grade == "holds"]
     plain = next(grade for grade in grades if grade.recovery == "none")
-    grave = [flag.name for flag in flags if flag.grave]
     narrow = [flag.name for flag in flags if flag.narrow]
     for one in grades:
         if one.grade == "untested":  # with every architecture

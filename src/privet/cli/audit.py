@@ -10,7 +10,9 @@ from rich.markup import escape
 
 from privet.cli.leakage import leakage
 from privet.cli.licence import licence
-from privet.cli.options import MACHINE, Machine, processes, split
+from privet.cli.options import MACHINE, Machine, processes
+from privet.cli.options import split as listed
+from privet.cli.prior import doubt_blind
 from privet.cli.screen import progress, say
 from privet.errors import OK
 
@@ -42,6 +44,9 @@ def protection(
     flip: bool = True,
     prior: str | None = None,
     size: int | None = None,
+    split: str | None = None,
+    test_split: str | None = None,
+    limit: int | None = None,
     seed: int = 0,
     machine: Machine = MACHINE,
     workers: int | None = None,
@@ -81,6 +86,12 @@ def protection(
         or a model of the hub.
     size
         Side in pixels at which networks see the images.
+    split
+        Split of the clean images, if they come from the hub or from a folder of several.
+    test_split
+        Likewise of the test images.
+    limit
+        Use only so many of the clean images, the same that 'privet protect --limit' takes.
     seed
         Of the random control.
     workers
@@ -90,6 +101,7 @@ def protection(
     """
     from privet.audit import Cell, run_audit
     from privet.audit.store import plan
+    from privet.recovery import load_prior
     from privet.report import write_report
 
     here = machine.find()
@@ -97,13 +109,16 @@ def protection(
     on_gpu = here.device.type == "cuda"
     chosen = plan(
         preset or ("paper" if on_gpu else "cpu"),
-        recoveries=None if recoveries is None else split(recoveries),
-        architectures=None if architectures is None else split(architectures),
+        recoveries=None if recoveries is None else listed(recoveries),
+        architectures=None if architectures is None else listed(architectures),
         seeds=seeds,
         epochs=epochs,
         flip=flip,
         prior=prior,
     )
+
+    if prior is not None:  # rather than after hours
+        doubt_blind(load_prior(prior, runtime=here))
 
     def finished(cell: Cell, result: dict[str, Any], done: int, total: int) -> None:
         name = f"{cell.data} files, {cell.recovery}, {cell.architecture}, seed {cell.seed}"
@@ -119,6 +134,9 @@ def protection(
             runtime=here,
             seed=seed,
             size=size,
+            split=split,
+            test_split=test_split,
+            limit=limit,
             workers=workers or processes(here),
             progress=listener,
             finished=finished,

@@ -31,6 +31,7 @@ def leakage(
     victims: int = 10,
     layers: bool = True,
     test: str | None = None,
+    test_split: str | None = None,
     rounds: int = 300,
     fail_above: float | None = None,
     hide: Annotated[bool, Parameter(negative="")] = False,
@@ -66,6 +67,8 @@ def leakage(
     test
         Images with the same classes, to measure what each defence costs: the accuracy of a network that such clients
         train, each round with new images of the source.
+    test_split
+        Split of those, if they come from the hub or from a folder of several.
     rounds
         Of that training.
     fail_above
@@ -103,7 +106,9 @@ def leakage(
     )
     with progress() as listener:
         network, name, images = clients.open(source, seed=seed)
-        tested = None if test is None else align(open_images(test, size=images.size), images.class_names)
+        tested = None
+        if test is not None:
+            tested = align(open_images(test, size=images.size, split=test_split), images.class_names)
         found = audit_leakage(
             network,
             images,

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from privet.cli.options import MACHINE, Machine, processes, split
+from privet.cli.options import MACHINE, Machine, processes
+from privet.cli.options import split as listed
 from privet.cli.passphrase import read_passphrase
 from privet.cli.screen import progress, say
 from privet.errors import OK
@@ -30,6 +31,8 @@ def licence(
     pairs: tuple[int, ...] = (50,),
     share: float = 0.1,
     prior: str | None = None,
+    split: str | None = None,
+    test_split: str | None = None,
     passphrase_file: Path | None = None,
     machine: Machine = MACHINE,
     workers: int | None = None,
@@ -66,6 +69,10 @@ def licence(
         Of the originals that an outsider has and mixes in; 0 to leave that out.
     prior
         For the recoveries purify, jcdp and avatar.
+    split
+        Split of the originals, if they come from the hub or from a folder of several.
+    test_split
+        Likewise of the test images.
     passphrase_file
         A file whose first line opens the licence (default: asked for).
     workers
@@ -82,10 +89,10 @@ def licence(
     learner, here = opened.learner(), machine.find()
     here.alone("privet audit licence")
     plan = LicencePlan(
-        architectures=(learner.architecture, *split(architectures)),
+        architectures=(learner.architecture, *listed(architectures)),
         seeds=tuple(range(seeds)),
         tries=tries,
-        recoveries=split(recoveries),
+        recoveries=listed(recoveries),
         pairs=pairs,
         share=share,
         learner=learner,
@@ -107,6 +114,8 @@ def licence(
             out=out,
             plan=plan,
             runtime=here,
+            split=split,
+            test_split=test_split,
             workers=workers or processes(here),
             progress=listener,
             finished=finished,

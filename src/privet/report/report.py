@@ -150,15 +150,10 @@ def render(report: dict[str, Any], *, pictures: bytes, recovered: bytes | None) 
 def _table(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the grid with clean, random and protected beside each other."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
-    grades = {grade["recovery"]: grade["grade"] for grade in report["verdict"]["recoveries"]}
     for row in report["grid"]:
         line = lines.setdefault(
             (row["recovery"], row["architecture"]),
-            {
-                "recovery": row["recovery"],
-                "architecture": row["architecture"],
-                "grade": grades[row["recovery"]],
-            },
+            {"recovery": row["recovery"], "architecture": row["architecture"]},
         )
         line[row["data"]] = row
     return list(lines.values())
