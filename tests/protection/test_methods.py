@@ -28,6 +28,7 @@ from privet.protection import (
     LSP,
     METHODS,
     OPS,
+    PIL,
     REM,
     SEM,
     TAP,
@@ -69,6 +70,8 @@ TABLE: dict[str, Protection] = {
     "sem, warm": SEM(views=2, attack_steps=2, warm_start=True, train_noise_steps=1, train_views=1, **SMALL),
     "rem": REM(views=2, attack_steps=2, **SMALL),
     "tap": TAP(surrogate="cnn-w4", epochs=2, batch_size=8, noise_steps=3, restarts=2),
+    "pil": PIL(epochs=2, batch_size=8, noise_steps=3),
+    "pil with views": PIL(epochs=2, batch_size=8, noise_steps=3, views=2),
     "ucl": UCL(class_rounds=1, rounds=1, **CONTRASTIVE),
     "ucl class-wise": UCL(class_rounds=2, rounds=0, **CONTRASTIVE),
     "tue": TUE(rounds=2, **CONTRASTIVE),
@@ -329,7 +332,7 @@ class TestThoseWithASurrogate:
 
 
 def test_a_surrogate_for_a_method_without_one_is_refused(runtime: Runtime, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="ops needs no surrogate: leave it out"):
+    with pytest.raises(UsageError, match="ops protects with no earlier run's surrogate: leave it out"):
         publish(blobs(6), OPS(), tmp_path / "out", runtime=runtime, surrogate=tmp_path / "absent")
 
 

@@ -9,6 +9,7 @@ from privet.protection.keyed_em import KeyedEM
 from privet.protection.lock import Lock
 from privet.protection.lsp import LSP
 from privet.protection.ops import OPS
+from privet.protection.pil import PIL
 from privet.protection.publication import publish
 from privet.protection.random_noise import RandomNoise
 from privet.protection.rem import REM
@@ -25,6 +26,7 @@ __all__ = [
     "LSP",
     "METHODS",
     "OPS",
+    "PIL",
     "REM",
     "SEM",
     "TAP",
@@ -43,5 +45,5 @@ __all__ = [
 
 METHODS: dict[str, type[Protection]] = {
     method.name: method
-    for method in (EM, SEM, REM, TAP, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, Lock, UGE, RandomNoise)
+    for method in (EM, SEM, REM, TAP, PIL, UCL, TUE, LSP, AR, OPS, CUDA, KeyedEM, Lock, UGE, RandomNoise)
 }
