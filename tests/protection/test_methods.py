@@ -41,6 +41,7 @@ from privet.protection import (
     Lock,
     Protection,
     RandomNoise,
+    base,
 )
 from privet.protection.base import Perturb
 from privet.protection.publication import publish
@@ -362,17 +363,42 @@ def test_no_method_can_leave_the_budget(runtime: Runtime) -> None:
         assert torch.equal(tied[:, 0], tied[:, 2]) is grey
 
 
+@pytest.mark.parametrize(
+    ("value", "colour", "grey"), [("0.2", [0, 1, 2], 1), ("0.7", [1, 2, 3], 2), ("7.2", [7, 8, 8], 8)]
+)
+def test_a_grey_file_gets_the_mean_of_the_channels_and_others_each_its_own(
+    runtime: Runtime, value: str, colour: list[int], grey: int
+) -> None:
+    images = blobs(4, grey=True)
+    mixed = replace(images, grey=torch.tensor([False, True, True, False]))
+    change = difference(mixed, Rogue(value=value).protect(mixed, job(runtime)))  # value, value + 1, value + 2
+    expected = torch.tensor([colour, [grey] * 3, [grey] * 3, colour])
+    assert torch.equal(change, expected.view(4, 3, 1, 1).expand_as(change))
+
+
+def test_pixels_end_at_black_and_white(runtime: Runtime) -> None:
+    for shade, value in ((255, "50"), (3, "-50")):
+        pixels = torch.full((4, 3, 8, 8), shade, dtype=torch.uint8)
+        images = ImageSet.from_arrays(pixels, torch.arange(4) % 2)
+        end = Rogue(value=value).protect(images, job(runtime)).pixels
+        assert end.unique().tolist() == [255 if shade > 3 else 0]
+
+
 @pytest.mark.parametrize("broken", [{"value": "nan"}, {"value": "inf"}, {"channels": 2}])
 def test_nonsense_from_a_method_is_one_error(runtime: Runtime, broken: dict[str, object]) -> None:
     with pytest.raises(BudgetError, match="rogue returned a perturbation of shape"):
         Rogue(**broken).protect(blobs(4), job(runtime))  # type: ignore[arg-type]
 
 
-def test_bytes_that_are_tampered_with_are_found(runtime: Runtime, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 3])
+def test_bytes_that_are_tampered_with_are_found(
+    runtime: Runtime, tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "CHUNK", 3)
     images = blobs(4)
     RandomNoise().protect(images, job(runtime, tmp_path))
     array = np.load(tmp_path / "changed.npy", mmap_mode="r+")
-    array[0, 0, 0, 0] = int(images.pixels[0, 0, 0, 0]) - 9
+    array[place, 0, 0, 0] = int(images.pixels[place, 0, 0, 0]) - 9
     array.flush()
     with pytest.raises(BudgetError, match=r"random changed \S+ by 9/255; the budget is 8/255"):
         RandomNoise().protect(images, job(runtime, tmp_path))

@@ -144,6 +144,24 @@ def test_the_loss_falls(runtime: Runtime) -> None:
         assert F.cross_entropy(model(after), labels) < F.cross_entropy(model(before), labels)
 
 
+def test_descents_stay_in_the_directions_they_are_confined_to(runtime: Runtime) -> None:
+    random = torch.Generator().manual_seed(0)
+    allowed = torch.rand(1, 3, 8, 8, generator=random) < 0.5
+    x = torch.rand(2, 3, 8, 8, generator=random) / 2 + 0.25
+    noise = minimise(
+        create_model("cnn-w4", classes=2, size=(8, 8)).eval(),
+        Batch(x, torch.tensor([0, 1]), torch.tensor([True, False])),
+        torch.zeros_like(x),
+        epsilon=0.1,
+        step_size=0.05,
+        steps=1,
+        confine=lambda gradient: gradient * allowed,
+        generator=random,
+        runtime=runtime,
+    )
+    assert torch.equal(noise != 0, allowed.expand_as(noise))
+
+
 def test_the_start_is_left_alone(runtime: Runtime) -> None:
     model = create_model("cnn-w4", classes=2, size=(8, 8)).eval()
     start = torch.zeros(2, 3, 8, 8)

@@ -13,7 +13,7 @@ from torch import Tensor
 from privet.errors import UsageError
 from privet.images import ImageSet
 from privet.learning import Runtime
-from privet.protection import PIL, Job
+from privet.protection import PIL, Job, pil
 from privet.protection.minimise import Batches
 
 
@@ -73,6 +73,13 @@ def test_a_linear_surrogate_learns_and_its_noise_gives_the_class_away(runtime: R
     assert float(flatter.amax(1).mean()) < float(hidden.amax(1).mean())
 
 
+def test_descents_stay_within_the_budget_on_their_way(runtime: Runtime) -> None:
+    images, job = blobs(6), Job(runtime=runtime)
+    method = PIL(epochs=1, noise_steps=60, shortcut=1.0)
+    noise = method._perturb(images, job)(torch.arange(6), torch.Generator().manual_seed(1))
+    assert float(noise.abs().max()) == pytest.approx(8, abs=1e-4)
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_with_views_the_surrogate_answers_as_it_does_on_average(runtime: Runtime, flip: bool) -> None:
     weights = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -86,6 +93,18 @@ def test_with_views_the_surrogate_answers_as_it_does_on_average(runtime: Runtime
                 expected, count = expected + one, count + 1
     assert torch.allclose(found, expected / count, atol=0.08)
     assert torch.equal(PIL(views=0)._averaged(weights, Job(runtime=runtime)), weights)
+
+
+def test_the_surrogate_learns_the_clean_images(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = blobs(9)
+    learned: list[tuple[Tensor, Tensor]] = []
+    monkeypatch.setattr(pil, "training_step", lambda _, __, x, labels, **___: learned.append((x, labels)))
+    PIL(epochs=1, batch_size=3, noise_steps=1).protect(images, Job(runtime=runtime))
+    x, labels = (torch.cat(parts) for parts in zip(*learned, strict=True))
+    distance = torch.cdist((x * 255).flatten(1), images.pixels.flatten(1).float())
+    nearest = distance.min(1)
+    assert sorted(nearest.indices.tolist()) == list(range(9)) and float(nearest.values.max()) < 0.1
+    assert torch.equal(labels, images.labels[nearest.indices])
 
 
 def test_with_views_the_surrogate_learns_from_them(runtime: Runtime) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from privet.errors import UsageError
 from privet.images import ImageSet
 from privet.learning import Job, Runtime
+from privet.models import create_model
 from privet.protection import TUE, UCL
 from privet.protection.tue import SMALLEST, class_separation
 
@@ -40,6 +41,22 @@ def test_separation_is_the_plain_version(labels: list[int], width: int, seed: in
     noise = torch.randn(len(labels), 3, width, 2, dtype=torch.float64, generator=random)
     found = float(class_separation(noise, torch.tensor(labels)))
     assert found == pytest.approx(slow_separation(noise.flatten(1).numpy(), labels), rel=1e-6, abs=1e-9)
+
+
+def test_the_gradient_counts_spreads_and_distances() -> None:
+    noise = torch.randn(7, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 1, 2, 1, 2, 2])
+    assert torch.autograd.gradcheck(lambda delta: class_separation(delta, labels), noise.requires_grad_())
+
+
+def test_the_loss_is_the_contrastive_one_and_the_separation(runtime: Runtime) -> None:
+    random = torch.Generator().manual_seed(1)
+    delta, views = (torch.rand(count, 3, 8, 8, generator=random) for count in (6, 12))
+    labels, model = torch.arange(6) % 2, create_model("simclr:cnn-w4", classes=2, size=(8, 8)).eval()
+    found = TUE(separation=0.5)._loss(model, views, delta, labels, Job(runtime=runtime))
+    plain = UCL()._loss(model, views, delta, labels, Job(runtime=runtime))
+    expected = float(plain.detach()) + 0.5 * slow_separation(delta.flatten(1).numpy(), labels.tolist())
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_separation_ignores_the_unit() -> None:
