@@ -114,6 +114,12 @@ def test_diffusers_reads_what_is_written(folder: Path, runtime: Runtime) -> None
     assert torch.allclose(pipeline.scheduler.alphas_cumprod, ours.kept)
 
 
+def test_the_network_is_described_in_the_same_bytes_by_every_process(folder: Path) -> None:
+    config = json.loads((folder / "unet/config.json").read_text())
+    assert config["_class_name"] == "UNet2DModel" and config["block_out_channels"] == [16, 32, 64]
+    assert "_use_default_values" not in config  # a set of diffusers', listed as strings hash
+
+
 def test_training_lowers_the_loss(runtime: Runtime, tmp_path: Path) -> None:
     losses = [
         train_prior(
@@ -510,6 +516,14 @@ def test_a_prior_that_does_not_fit_is_one_error(
     recovery = Purify(prior=str(broken(folder, tmp_path, how)))
     with pytest.raises(InputError, match=words):
         recovery.recover(blobs(2, size=(12, 12)), Job(runtime=runtime))
+
+
+def test_a_network_takes_no_memory_before_its_weights_fit(folder: Path, runtime: Runtime) -> None:
+    """What a config alone asks for would be filled with random numbers first."""
+    before = torch.get_rng_state()
+    prior = load_prior(folder, runtime=runtime)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(weight.dtype == torch.float32 for weight in prior.model.parameters())
 
 
 def test_what_diffusers_called_attention_until_2023_is_understood(

@@ -283,11 +283,12 @@ def _network(folder: Path) -> Any:
         )
     try:
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
-        model = library.UNet2DModel(**settings)
+        with torch.device("meta"):  # a config of a few letters can ask for any amount of memory
+            model = library.UNet2DModel(**settings)
         state = safetensors.torch.load_file(folder / WEIGHTS)
         old = re.compile(rf"(attentions\.\d+)\.({'|'.join(ATTENTION)})\.")
-        model.load_state_dict({old.sub(_rename, name): value for name, value in state.items()})
-        model.eval().requires_grad_(False)
+        model.load_state_dict({old.sub(_rename, name): value for name, value in state.items()}, assign=True)
+        model.float().eval().requires_grad_(False)
         levels = len(model.config.block_out_channels)
         predict_noise(model, torch.zeros(1, 3, 2**levels, 2**levels), 0, levels=levels)
     except safetensors.SafetensorError as error:

@@ -291,8 +291,11 @@ def _write(prior: Prior, out: Path) -> None:
     """Write a prior as DDPMPipeline.from_pretrained reads it, with what we know beside it."""
     import safetensors.torch
 
-    config = {"_class_name": "UNet2DModel", **dict(prior.model.config)}
-    write_json(out / "unet" / CONFIG, {name: value for name, value in config.items() if _is_json(value)})
+    # What is diffusers' own is no setting, and holds a set, whose order no two processes agree on.
+    settings = {
+        name: value for name, value in prior.model.config.items() if name[0] != "_" and _is_json(value)
+    }
+    write_json(out / "unet" / CONFIG, {"_class_name": "UNet2DModel", **settings})
     state = {name: value.detach().cpu().contiguous() for name, value in prior.model.state_dict().items()}
     write_bytes(out / "unet" / WEIGHTS, safetensors.torch.save(state, {"format": "pt"}))
     write_json(out / "scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", **SCHEDULE})
