@@ -123,13 +123,24 @@ def claim(out: Path, run: Mapping[str, Any]) -> bool:
                 "Repeat that run's arguments, delete the folder, or choose another."
             )
         return folder == out
-    if out.exists() and (not out.is_dir() or any(entry.name != WORKSPACE for entry in out.iterdir())):
-        raise OutputError(f"{out} holds other files. Choose an empty or a new folder.")
+    refuse_other_files(out)
     write_json(out / WORKSPACE / RUN, description)
     # Checkpoints hold what undoes a protection, or a licence's secret weights. Some file systems have no modes.
     with contextlib.suppress(OSError):
         (out / WORKSPACE).chmod(0o700)
     return False
+
+
+def refuse_other_files(out: Path) -> None:
+    """Refuse a folder that holds files and no run, which `claim` would refuse once it knows what the run is.
+
+    Raises:
+        OutputError: it does, or is a file.
+    """
+    if any((folder / RUN).exists() for folder in (out, out / WORKSPACE)):
+        return
+    if out.exists() and (not out.is_dir() or any(entry.name != WORKSPACE for entry in out.iterdir())):
+        raise OutputError(f"{out} holds other files. Choose an empty or a new folder.")
 
 
 @contextlib.contextmanager

@@ -282,6 +282,24 @@ def test_errors_are_one_message_and_a_stable_code(
     assert code in EXIT_CODES
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["protect", "--method", "lsp"],
+        ["recover", "--method", "jpeg-10"],
+        ["learn", "--test", "missing"],
+        ["prior", "train"],
+    ],
+    ids=lambda verb: verb[0],
+)
+def test_an_occupied_folder_is_refused_before_images_are_read(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("")
+    assert main([*verb, str(tmp_path / "missing"), "--out", str(tmp_path)]) == OutputError.exit_code
+    assert "holds other files. Choose an empty or a new folder." in capsys.readouterr().err
+
+
 def test_after_a_typo_the_right_command_goes_through(tmp_path: Path, make_folder: Make) -> None:
     images, test, out = (
         make_folder(blobs(12), "clean"),

@@ -478,14 +478,18 @@ def test_unusable_sources_say_what_was_expected(tmp_path: Path, case: str) -> No
         open_images(make(tmp_path))
 
 
-@given(st.lists(st.from_regex(r"[ab]{1,2}(/[ab])?(\.[ab]){0,2}", fullmatch=True), unique=True))
-def test_names_are_unique(files: list[str]) -> None:
-    assert len(set(_unique_names(files))) == len(files)
+@given(st.lists(st.from_regex(r"[abA_\\]{1,2}(/[ab])?(\.[abB]){0,2}(-2)?", fullmatch=True), unique=True))
+def test_names_are_unique_even_without_case_and_whatever_the_order(files: list[str]) -> None:
+    names = _unique_names(files)
+    assert len({name.casefold() for name in names}) == len(files)
+    assert _unique_names(files[::-1]) == names[::-1]
+    assert not any("\\" in name for name in names)
 
 
 def test_names_keep_the_suffix_only_where_they_would_clash() -> None:
     assert _unique_names(["a/x.jpg", "a/x.png", "a/y.png", "b/x.png"]) == ["a/x.jpg", "a/x.png", "a/y", "b/x"]
     assert _unique_names(["x.png", "x.jpg", "x.png.gif"]) == ["x.png", "x.jpg", "x.png.gif"]
+    assert _unique_names(["a/x.png", "A/X.png", "a\\y.png"]) == ["a/x.png-2", "A/X.png", "a_y"]
 
 
 def test_align_counts_labels_in_another_list() -> None:

@@ -107,6 +107,34 @@ def test_names_that_would_clash_keep_their_suffix(tmp_path: Path) -> None:
     assert sorted(open_images(tmp_path / "out").names) == sorted(images.names)
 
 
+def test_names_that_case_alone_tells_apart_are_read_again(tmp_path: Path) -> None:
+    folder = tmp_path / "set/a"
+    folder.mkdir(parents=True)
+    for shade, name in enumerate(("X.JPG", "x.jpg", "y\\z.jpg")):
+        Image.new("RGB", (8, 8), (shade, 0, 90)).save(folder / name)
+    images = open_images(tmp_path / "set")
+    write_images(images, shifted(images), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out/a").iterdir()) == [
+        "X.JPG.png",
+        "x.jpg-2.png",
+        "y_z.png",
+    ]
+    assert sorted(open_images(tmp_path / "out").names) == sorted(images.names)
+
+
+def test_a_name_too_long_for_a_file_is_skipped(tmp_path: Path) -> None:
+    folder = tmp_path / "set/a"
+    folder.mkdir(parents=True)
+    for shade, name in enumerate(("x" * 251 + ".png", "y" * 252, "z.png")):
+        Image.new("RGB", (8, 8), (shade, 0, 90)).save(folder / name, "PNG")
+    images = open_images(tmp_path / "set")
+    written = write_images(images, shifted(images), tmp_path / "out")
+    assert [(record["name"][0:3], record["reason"]) for record in written.skipped] == [
+        ("a/y", "it would get a name of more than 255 bytes; shorten the old one")
+    ]
+    assert write_images(images, shifted(images), tmp_path / "table", format="parquet").ok == 3
+
+
 def test_a_set_of_tensors_can_be_written(tmp_path: Path) -> None:
     images = blobs(3)
     written = write_images(images, shifted(images), tmp_path / "out", budget=Budget(norm="linf", amount=3))

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from privet.cli.screen import progress, written
 from privet.errors import InputError, OutputError, UsageError
+from privet.files import refuse_other_files
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from torch import nn
@@ -99,6 +100,7 @@ class Files:
             raise OutputError(
                 f"{out} lies inside {source}; its images would be read as well. Choose another folder."
             )
+        refuse_other_files(out)  # before many photographs are read
         with progress(rank) as listener:
             images = open_images(
                 source,

@@ -11,6 +11,7 @@ from rich.markup import escape
 from privet.cli.options import MACHINE, Machine
 from privet.cli.screen import doubt, progress, say
 from privet.errors import OK
+from privet.files import refuse_other_files
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from privet.recovery import Prior
@@ -87,6 +88,7 @@ def train(
         max_t=max_t,
         flip=flip,
     )
+    refuse_other_files(out)
     with progress(here.rank) as listener:
         images = open_images(source, size=size, split=split, limit=limit, progress=listener)
         made = train_prior(images, training, out, runtime=here, seed=seed, progress=listener)

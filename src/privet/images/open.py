@@ -115,15 +115,27 @@ def open_images(
 
 
 def _unique_names(files: list[str]) -> list[str]:
-    """Return a name for each file: its path without suffix, or with it where that is not unique."""
-    stems = [str(PurePosixPath(file).with_suffix("")) for file in files]
-    count = Counter(stem.casefold() for stem in stems)
-    taken = Counter(file.casefold() for file in files)
-    names = []
-    for file, stem in zip(files, stems, strict=True):
-        clash = count[stem.casefold()] > 1 or (stem != file and taken[stem.casefold()] > 0)
-        names.append(file if clash else stem)
-    return names
+    """Return a name for each file, which no other has, even where upper and lower case are one.
+
+    It is the path without suffix, or with it where that is not unique, or with a number where not even that is. A
+    backslash, which parts folders elsewhere, becomes an underscore.
+    """
+    portable = {file: file.replace("\\", "_") for file in sorted(files)}
+    stems = {file: str(PurePosixPath(path).with_suffix("")) for file, path in portable.items()}
+    count = Counter(stem.casefold() for stem in stems.values())
+    taken = Counter(path.casefold() for path in portable.values())
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    for file, path in portable.items():
+        stem, number = stems[file], 1
+        clash = count[stem.casefold()] > 1 or (stem != path and taken[stem.casefold()] > 0)
+        name = path if clash else stem
+        while name.casefold() in used:
+            number += 1
+            name = f"{path}-{number}"
+        used.add(name.casefold())
+        names[file] = name
+    return [names[file] for file in files]
 
 
 def align(images: ImageSet, class_names: Sequence[str]) -> ImageSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from privet.progress import Progress, silent
 
 SHARD = 2048  # images in a Parquet file at most,
 SHARD_PIXELS = 1 << 27  # and pixels, unless one image has more: a file is made in memory
+LONGEST = 255  # bytes of a file's name, on most file systems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,8 @@ def _produce(
     }
     delta = changed.pixels[index].to(torch.int16) - original.pixels[index].to(torch.int16)
     try:
+        if format != "parquet" and len(os.fsencode(Path(record["file"]).name)) > LONGEST:
+            raise PictureError(f"it would get a name of more than {LONGEST} bytes; shorten the old one")
         if source is None:
             before = Picture(rgb=_rows(original.pixels[index]), grey=bool(original.grey[index]))
         else:

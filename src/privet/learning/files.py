@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from privet.errors import UsageError
-from privet.files import RUN, WORKSPACE, claim, finish, read_json, released
+from privet.files import RUN, WORKSPACE, claim, finish, read_json, refuse_other_files, released
 from privet.images import ImageSet, align, open_images
 from privet.learning.runtime import Runtime, describe_device
 from privet.learning.train import Epoch, Learned, Learner, learn
@@ -62,6 +62,7 @@ def study(
         UsageError: the training has diverged.
         PrivetError: as `open_images`, `learn` and `claim`.
     """
+    refuse_other_files(out)
     images = open_images(train, size=size, split=split, limit=limit, progress=progress)
     clean = align(
         open_images(test, size=images.size, split=test_split, progress=progress), images.class_names
