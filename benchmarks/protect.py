@@ -67,6 +67,8 @@ PROTECTIONS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "em": ("em", {}),
     "sem": ("sem", {}),
     "rem": ("rem", {}),
+    "pil": ("pil", {}),
+    "pil-published": ("pil", {"views": 0}),
     # What four times the work on the surrogate's training changes.
     "sem-long": (
         "sem",
@@ -91,6 +93,7 @@ TABLES = {
         only={
             "random": (("resnet10-w16", 0),),
             "rem": (("resnet10-w16", 0), ("resnet10-w16", 2), ("resnet10-w16", 4)),
+            "pil-published": (("resnet10-w16", 0),),
             "sem-long": (("resnet10-w16", 0), ("resnet10-w16", 2), ("resnet10-w16", 4)),
         },
         seeds=(0, 1, 2),
@@ -98,7 +101,7 @@ TABLES = {
     "paper": Table(
         images=None,
         test=None,
-        protections={name: chosen for name, chosen in PROTECTIONS.items() if name != "sem-long"},
+        protections={name: PROTECTIONS[name] for name in ("clean", "random", "em", "sem", "rem", "pil")},
         learner=Learner(epochs=103, schedule="step"),
         adversarial={},
         victims={"resnet18": (0, 1, 2, 3, 4)},
@@ -118,7 +121,7 @@ class Cell:
     seed: int
 
 
-STAGES = (("clean", "random", "em", "sem"), ("rem",), ("sem-long",))  # by cost
+STAGES = (("clean", "random", "pil", "pil-published", "em", "sem"), ("rem",), ("sem-long",))  # by cost
 
 
 def cells(table: Table, protections: Sequence[str]) -> Iterator[Cell]:

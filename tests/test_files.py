@@ -17,7 +17,7 @@ from privet.cli import main
 from privet.errors import BudgetError, OutputError
 from privet.files import TEMPORARY, append_line, atomic, read_lines, write_bytes, write_json
 from privet.images import ResizedCrop, distort, open_images, write, write_images
-from privet.learning import Runtime
+from privet.learning import Runtime, protection_record
 from privet.protection import METHODS, RandomNoise, publish
 from tests.conftest import blobs
 from tests.images.test_write import tree
@@ -115,6 +115,19 @@ def test_other_metadata_are_another_run(runtime: Runtime, tmp_path: Path) -> Non
         else:
             with pytest.raises(OutputError, match="a finished run with other settings: files was"):
                 publish(images, RandomNoise(), tmp_path / "out", runtime=runtime)
+
+
+@pytest.mark.parametrize("foreign", ["[1]", "not JSON", '{"method": 3}', None])
+def test_a_protection_is_known_by_its_record_alone(
+    runtime: Runtime, tmp_path: Path, foreign: str | None
+) -> None:
+    publish(blobs(4), RandomNoise(), tmp_path / "out", runtime=runtime)
+    found = protection_record(tmp_path / "out")
+    assert found is not None and found["method"] == "random"
+    (tmp_path / "out/run.json").unlink()
+    if foreign is not None:
+        (tmp_path / "out/run.json").write_text(foreign)
+    assert protection_record(tmp_path / "out") is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy
 import PIL
 import torch
 
+from privet.errors import InputError
 from privet.files import RUN, WORKSPACE, claim, finish, read_json, read_lines, released, sha256, write_bytes
 from privet.images.budget import UNBOUNDED, Budget
 from privet.images.image_set import ImageSet
@@ -128,7 +129,10 @@ def publish_changed(
 def protection_record(source: str | Path) -> dict[str, Any] | None:
     """Return the run.json of a protected folder, if privet wrote it."""
     path = Path(source) / RUN
-    found = read_json(path) if path.is_file() else {}
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except InputError:  # other programs have files of this name, too
+        return None
     return found if isinstance(found.get("method"), str) and isinstance(found.get("settings"), dict) else None
 
 
