@@ -69,7 +69,7 @@ def test_a_killed_audit_leaves_no_processes(tmp_path: Path) -> None:
     folder.mkdir()
     audit = subprocess.Popen([sys.executable, script, folder])
     try:
-        started = within(60, lambda: len(list(folder.iterdir())) == 2)
+        started = within(120, lambda: len(list(folder.iterdir())) == 2)
     finally:
         audit.kill()
         audit.wait()
@@ -89,9 +89,9 @@ def test_ctrl_c_keeps_what_is_done_and_starts_nothing_more(tmp_path: Path) -> No
         start_new_session=True,
     )
     try:
-        assert within(60, lambda: len(list(folder.iterdir())) == 3)
+        assert within(120, lambda: len(list(folder.iterdir())) == 3)
         os.killpg(pool.pid, signal.SIGINT)  # to every process, as a terminal does
-        out, errors = pool.communicate(timeout=60)
+        out, errors = pool.communicate(timeout=120)
     finally:
         pool.kill()
     assert (out, errors) == ("0\ninterrupted\n", "")
@@ -106,7 +106,7 @@ class Together:
 
     def __call__(self, cell: int, progress: Progress) -> int:
         (self.folder / f"{cell} begun").touch()
-        if not within(60, lambda: len(list(self.folder.glob("* begun"))) == 2):
+        if not within(120, lambda: len(list(self.folder.glob("* begun"))) == 2):
             raise TimeoutError
         (self.folder / f"{cell} done").touch()
         return cell
@@ -118,7 +118,7 @@ def test_whoever_ends_it_what_was_done_by_then_is_kept(tmp_path: Path) -> None:
     def keep(cell: int) -> None:
         if not kept:
             kept.append(cell)
-            within(60, lambda: len(list(tmp_path.glob("* done"))) == 2)
+            within(120, lambda: len(list(tmp_path.glob("* done"))) == 2)
             time.sleep(1)  # for the other one's way here
             raise KeyboardInterrupt
         kept.append(cell)
