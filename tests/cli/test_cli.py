@@ -342,6 +342,16 @@ def test_the_work_of_one_process_is_refused_to_several(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("verb", ["protect", "audit"])
+def test_no_work_is_done_by_no_workers(
+    verb: str, tmp_path: Path, make_folder: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = str(make_folder(blobs(3)))
+    more = [clean, "--test", clean] if verb == "audit" else []
+    assert main([verb, clean, *more, "--out", str(tmp_path / "out"), "--workers", "0"]) == 2
+    assert "--workers" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_refusal_keeps_what_was_done(tmp_path: Path) -> None:
     claim(tmp_path / "out", {"a": 1})
     with pytest.raises(UsageError, match="too late"), released(tmp_path / "out"):

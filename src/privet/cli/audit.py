@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from privet.cli.leakage import leakage
 from privet.cli.licence import licence
-from privet.cli.options import MACHINE, Machine, processes
+from privet.cli.options import MACHINE, Machine, Workers, processes
 from privet.cli.options import split as listed
 from privet.cli.prior import doubt_blind
 from privet.cli.screen import progress, say
@@ -49,7 +49,7 @@ def protection(
     limit: int | None = None,
     seed: int = 0,
     machine: Machine = MACHINE,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> int:
     """Train learners on clean, randomly noised and protected files, and say whether the protection holds.
 

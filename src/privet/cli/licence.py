@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from privet.cli.options import MACHINE, Machine, processes
+from privet.cli.options import MACHINE, Machine, Workers, processes
 from privet.cli.options import split as listed
 from privet.cli.passphrase import read_passphrase
 from privet.cli.screen import progress, say
@@ -35,7 +35,7 @@ def licence(
     test_split: str | None = None,
     passphrase_file: Path | None = None,
     machine: Machine = MACHINE,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> int:
     """Train the licensee and everybody else on a release, and say whether it is conditionally learnable.
 

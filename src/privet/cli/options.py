@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from privet.cli.screen import progress, written
 from privet.errors import InputError, OutputError, UsageError
 from privet.files import refuse_other_files
+
+SOME = Parameter(validator=Number(gte=1))
+Workers = Annotated[int | None, SOME]
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from torch import nn
@@ -78,7 +82,7 @@ class Files:
     format: str = "png"
     metadata: str = "keep"
     keep_gps: Annotated[bool, Parameter(negative="")] = False
-    workers: int = 4
+    workers: Annotated[int, SOME] = 4
 
     def change(
         self, source: str, out: Path, change: Callable[..., Publication], *, rank: int, what: str
