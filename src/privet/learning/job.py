@@ -54,6 +54,19 @@ class Job:
         self._saved = time.monotonic()
         return True
 
+    def batch(self, step: int, *purpose: str | int, count: int, size: int) -> torch.Tensor:
+        """Return which of `count` images a step takes, (size,): each pass over all takes them in an order of its own.
+
+        Args:
+            step: from 0, over all passes.
+            purpose: what the order is for, where a run has several.
+            count: images.
+            size: images a step, at most `count`; those left over at the end of a pass wait for another.
+        """
+        turn, place = divmod(step, count // size)
+        order = torch.randperm(count, generator=generator(self.seed, "order", *purpose, turn))
+        return order[place * size :][:size]
+
     def random(self, *purpose: str | int) -> torch.Generator:
         """Return this run's random numbers for one purpose, on the device."""
         return generator(self.seed, *purpose, device=self.runtime.device)

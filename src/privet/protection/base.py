@@ -58,6 +58,12 @@ class Protection(ABC):
                     f"{self.name} needs a positive {field.name}, got 0: nothing would ever change."
                 )
 
+    def need_one(self, *settings: str) -> None:
+        """Raise UsageError unless each of these settings is at least 1."""
+        for setting in settings:
+            if getattr(self, setting) < 1:
+                raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
+
     @property
     @abstractmethod
     def budget(self) -> Budget:

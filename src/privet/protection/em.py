@@ -22,7 +22,7 @@ from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
 from privet.protection.minimise import Batch, Batches, Confine, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
-from privet.seeds import derive, generator
+from privet.seeds import derive
 
 MODES = ("sample", "class")
 
@@ -90,9 +90,7 @@ class EM(Bounded):
         super().__post_init__()
         if self.mode not in MODES:
             raise UsageError(f"Unknown mode {self.mode!r}; expected {' or '.join(MODES)}.")
-        for setting in ("train_steps", "batch_size", "noise_steps", "max_rounds"):
-            if getattr(self, setting) < 1:
-                raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
+        self.need_one("train_steps", "batch_size", "noise_steps", "max_rounds")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         batches, surrogate = Batches(images, job.runtime), load_surrogate(job)
@@ -171,10 +169,8 @@ class EM(Bounded):
         job: Job,
     ) -> None:
         size = min(self.batch_size, len(images))
-        per_epoch = len(images) // size
         for step in range(round_ * self.train_steps, (round_ + 1) * self.train_steps):
-            order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
-            index = job.runtime.share(order[step % per_epoch * size :][:size])
+            index = job.runtime.share(job.batch(step, count=len(images), size=size))
             batch, noise = batches[index], unpack(stored[self._rows(images, index)], self.epsilon / 255)
             seen = (batch.x + noise.to(batch.x.device)).clamp_(0, 1)
             if self.views:

@@ -18,7 +18,7 @@ from privet.learning.job import Job
 from privet.learning.train import schedule, training_step
 from privet.protection.base import Bounded, Perturb
 from privet.protection.minimise import Batches
-from privet.seeds import derive, generator
+from privet.seeds import derive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,7 @@ class PIL(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for setting in ("epochs", "batch_size", "noise_steps"):
-            if getattr(self, setting) < 1:
-                raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
+        self.need_one("epochs", "batch_size", "noise_steps")
         if self.shortcut > 1:
             raise UsageError(f"{self.name} needs a shortcut of 0 to 1, got {self.shortcut}.")
 
@@ -111,11 +109,9 @@ class PIL(Bounded):
         augmentation = augmentation_for(images.size, flip=self.flip)
         optimizer = torch.optim.SGD(model.parameters(), self.learning_rate, momentum=0.9)
         size = min(self.batch_size, len(images))
-        per_epoch = len(images) // size
-        steps = self.epochs * per_epoch
+        steps = self.epochs * (len(images) // size)
         for step in range(steps):
-            order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
-            batch = batches[order[step % per_epoch * size :][:size]]
+            batch = batches[job.batch(step, count=len(images), size=size)]
             seen = batch.x
             if self.views:
                 seen = augmentation.draw(size, images.size, job.random("step", step)).apply(seen)

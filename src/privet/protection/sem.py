@@ -20,7 +20,7 @@ from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
 from privet.protection.minimise import Batch, Batches, minimise, pack, unpack
 from privet.protection.surrogate import load_surrogate, save_surrogate
-from privet.seeds import derive, generator
+from privet.seeds import derive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,7 @@ class SEM(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for setting in ("train_steps", "batch_size", "decay_steps", "noise_steps", "views"):
-            if getattr(self, setting) < 1:
-                raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
+        self.need_one("train_steps", "batch_size", "decay_steps", "noise_steps", "views")
         if not 0 <= self.radius <= 255:
             raise UsageError(f"Expected a radius of 0 to 255 (in 1/255), got {self.radius}.")
 
@@ -186,10 +184,8 @@ class SEM(Bounded):
             stored = state[0].get("noise", stored)
         trained = runtime.distribute(model)
         size = min(self.batch_size, len(images))
-        per_epoch = len(images) // size
         for step in range(first, self.train_steps):
-            order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
-            whole = order[step % per_epoch * size :][:size]
+            whole = job.batch(step, count=len(images), size=size)
             index = runtime.share(whole)
             batch, randomness = batches[index], job.random("step", step, runtime.rank)
             runtime.agree(model)  # on what the noise is made for, as a resumed run does

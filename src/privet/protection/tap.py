@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from privet.errors import UsageError
 from privet.images.augment import augmentation_for
 from privet.images.image_set import ImageSet
 from privet.learning.attack import uniform
@@ -21,7 +20,7 @@ from privet.models import create_model
 from privet.protection.base import Bounded, Perturb
 from privet.protection.minimise import Batch, Batches, minimise
 from privet.protection.surrogate import load_surrogate, save_surrogate
-from privet.seeds import derive, generator
+from privet.seeds import derive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +66,7 @@ class TAP(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for setting in ("epochs", "batch_size", "noise_steps", "views", "restarts"):
-            if getattr(self, setting) < 1:
-                raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
+        self.need_one("epochs", "batch_size", "noise_steps", "views", "restarts")
 
     def _perturb(self, images: ImageSet, job: Job) -> Perturb:
         batches = Batches(images, job.runtime)
@@ -126,11 +123,9 @@ class TAP(Bounded):
         trained = runtime.distribute(model)
         augmentation = augmentation_for(images.size, flip=self.flip)
         size = min(self.batch_size, len(images))
-        per_epoch = len(images) // size
-        steps = self.epochs * per_epoch
+        steps = self.epochs * (len(images) // size)
         for step in range(first, steps):
-            order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
-            index = runtime.share(order[step % per_epoch * size :][:size])
+            index = runtime.share(job.batch(step, count=len(images), size=size))
             batch, randomness = batches[index], job.random("step", step, runtime.rank)
             seen = augmentation.draw(len(index), images.size, randomness).apply(batch.x)
             rate = self.learning_rate * (1 - step / steps)

@@ -100,9 +100,7 @@ class UCL(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for setting in ("class_steps", "train_steps", "batch_size", "noise_steps"):
-            if getattr(self, setting) < 1:
-                raise UsageError(f"{self.name} needs {setting} of at least 1, got {getattr(self, setting)}.")
+        self.need_one("class_steps", "train_steps", "batch_size", "noise_steps")
         if min(self.class_rounds, self.rounds) < 0 or self.class_rounds + self.rounds < 1:
             raise UsageError(
                 f"{self.name} needs at least 1 round, class-wise or sample-wise, got {self.class_rounds} and "
@@ -180,12 +178,9 @@ class UCL(Bounded):
         """Do a round's steps of the surrogate; return their mean loss."""
         steps = self.class_steps if noise.mode == "class" else self.train_steps
         size = min(self.batch_size, len(noise.rows))
-        per_epoch = len(noise.rows) // size
         total = torch.zeros((), device=job.runtime.device)
         for step in range(round_ * steps, (round_ + 1) * steps):
-            random = generator(job.seed, "order", noise.mode, step // per_epoch)
-            order = torch.randperm(len(noise.rows), generator=random)
-            index = job.runtime.share(order[step % per_epoch * size :][:size])
+            index = job.runtime.share(job.batch(step, noise.mode, count=len(noise.rows), size=size))
             batch, randomness = batches[index], job.random("views", noise.mode, step, job.runtime.rank)
             delta = unpack(noise.stored[noise.rows[index]], self.epsilon / 255).to(batch.x.device)
             total += contrastive_step(

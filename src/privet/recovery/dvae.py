@@ -18,7 +18,7 @@ from privet.learning.job import Job
 from privet.models.blocks import conv3x3, relu
 from privet.models.resnet import BasicBlock
 from privet.recovery.base import ImageRecovery
-from privet.seeds import derive, generator
+from privet.seeds import derive
 
 PLACES = 16  # the largest side of what the network knows of each class; larger images stretch it
 SMALL = 0.002  # mean square of the noise, with values in [0, 1], below which it costs nothing
@@ -104,13 +104,9 @@ class DVAE(ImageRecovery):
         trained = runtime.distribute(model)
         pixels, labels = runtime.hold(images.pixels), runtime.hold(images.labels)
         size = min(self.batch_size, len(images))
-        per_epoch = len(images) // size
-        total = self.epochs * per_epoch
+        total = self.epochs * (len(images) // size)
         for step in range(first, total):
-            order = torch.randperm(
-                len(images), generator=generator(job.seed, "order", round_, step // per_epoch)
-            )
-            index = runtime.share(order[step % per_epoch * size :][:size])
+            index = runtime.share(job.batch(step, round_, count=len(images), size=size))
             x = runtime.take(pixels, index).float() / 255
             draws = job.random("latent", round_, step, runtime.rank)
             trained.train()

@@ -193,11 +193,9 @@ def _train(images: ImageSet, training: PriorTraining, job: Job, side: int) -> nn
     trained, levels = runtime.distribute(model), len(SCALES[training.scale]["block_out_channels"])
     held = runtime.hold(images.pixels)
     size = min(training.batch_size, len(images))
-    per_epoch = len(images) // size
     total, seen = torch.zeros((), device=runtime.device), 0
     for step in range(first, training.steps):
-        order = torch.randperm(len(images), generator=generator(job.seed, "order", step // per_epoch))
-        index = runtime.share(order[step % per_epoch * size :][:size])
+        index = runtime.share(job.batch(step, count=len(images), size=size))
         draws = job.random("step", step, runtime.rank)
         x = to_unit(_crop(runtime.take(held, index), side, draws), runtime.device)
         if training.flip:
