@@ -19,13 +19,14 @@ from privet.models import cnn, densenet, lenet, mobilenetv2, resnet, transformer
 from privet.models.blocks import Scaled, relu
 from privet.models.keyed_stem import KeyedStem
 from privet.models.projection import PREFIX, with_projection
-from privet.models.weights import SavedModel, load_backbone, load_model, save_model
+from privet.models.weights import SavedModel, describe_model, load_backbone, load_model, save_model
 
 __all__ = [
     "ARCHITECTURES",
     "KeyedStem",
     "SavedModel",
     "create_model",
+    "describe_model",
     "family",
     "is_pretrained",
     "load_backbone",

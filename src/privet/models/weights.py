@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,26 +66,7 @@ def load_model(path: Path) -> tuple[nn.Module, SavedModel]:
     from privet.models import create_model
 
     tensors, metadata = read_tensors(path)
-    if KEY not in metadata:
-        raise InputError(
-            f"{path} holds weights, but does not say of which network. Expected a file that privet "
-            "saved (for other weights, name the architecture and pass them as --weights)."
-        )
-    try:
-        about = json.loads(metadata[KEY])
-        about = SavedModel(
-            architecture=str(about["architecture"]),
-            class_names=tuple(map(str, about["class_names"])),
-            size=(int(about["size"][0]), int(about["size"][1])),
-            notes=dict(about["notes"]),
-        )
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} has a broken description of its network: {error!r}.") from error
-    if not about.class_names or not all(1 <= side <= LARGEST_SIDE for side in about.size):
-        raise InputError(
-            f"{path} has a broken description of its network: expected at least 1 class and sides between 1 and "
-            f"{LARGEST_SIDE}, got {len(about.class_names)} and {about.size}."
-        )
+    about = _described(metadata, path)
     build = partial(create_model, about.architecture, classes=len(about.class_names), size=about.size)
     try:
         # A name of a few letters can ask for any amount of memory, so the tensors must be there before it is taken.
@@ -123,6 +106,41 @@ def load_backbone(path: Path, model: nn.Module) -> list[str]:
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """The state without the wrapper's prefix, so that names are the network's published ones."""
     return {name.removeprefix("network."): value for name, value in model.state_dict().items()}
+
+
+def describe_model(path: Path) -> SavedModel:
+    """Return what a file that `save_model` wrote says of itself; its tensors are not read.
+
+    Raises:
+        InputError: not such a file, truncated, or its description is not of a network.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    return _described(metadata, path)
+
+
+def _described(metadata: dict[str, str], path: Path) -> SavedModel:
+    if KEY not in metadata:
+        raise InputError(
+            f"{path} holds weights, but does not say of which network. Expected a file that privet "
+            "saved (for other weights, name the architecture and pass them as --weights)."
+        )
+    try:
+        about = json.loads(metadata[KEY])
+        about = SavedModel(
+            architecture=str(about["architecture"]),
+            class_names=tuple(map(str, about["class_names"])),
+            size=(int(about["size"][0]), int(about["size"][1])),
+            notes=dict(about["notes"]),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path} has a broken description of its network: {error!r}.") from error
+    if not about.class_names or not all(1 <= side <= LARGEST_SIDE for side in about.size):
+        raise InputError(
+            f"{path} has a broken description of its network: expected at least 1 class and sides between 1 and "
+            f"{LARGEST_SIDE}, got {len(about.class_names)} and {about.size}."
+        )
+    return about
 
 
 def _unfitted(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
@@ -167,9 +185,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         InputError: it is not a whole one.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except FileNotFoundError as error:
         raise InputError(f"There is no weights file {path}.") from error
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:

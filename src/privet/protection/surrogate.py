@@ -11,7 +11,7 @@ from privet.errors import InputError
 from privet.images.image_set import ImageSet
 from privet.images.open import align
 from privet.learning.job import Job
-from privet.models import SavedModel, load_model, save_model
+from privet.models import SavedModel, describe_model, load_model, save_model
 from privet.models.projection import PREFIX
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def as_known(images: ImageSet, surrogate: Path) -> ImageSet:
     Raises:
         InputError: it cannot be read, or was not trained on a class that the images have.
     """
-    _, about = load_model(surrogate)
+    about = describe_model(surrogate)
     if unknown := sorted(set(images.class_names) - set(about.class_names)):
         raise InputError(
             f"{surrogate} was trained on the classes {list(about.class_names)}, but these images have {unknown}, too. "
