@@ -125,9 +125,9 @@ def info(source: str, /) -> int:
     return OK
 
 
-def doubt_blind(found: Prior) -> None:
-    """Say so if a prior is known to take next to no noise off images."""
-    if found.blind:
+def doubt_blind(found: Prior, *, rank: int = 0) -> None:
+    """Say so, in the first process, if a prior is known to take next to no noise off images."""
+    if rank == 0 and found.blind:
         doubt(
             f"this prior is blind: its error is {found.about['loss']:.2f}, and 1 is that of seeing no noise at all, so "
             "that recoveries with it add noise and take hardly any off. Train one with more --steps."

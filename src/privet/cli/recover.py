@@ -56,9 +56,7 @@ def recover(
     if prior is not None:
         if not uses_prior(method, given=True):
             raise UsageError(f"{method} does not denoise with a prior: leave --prior out.")
-        found = load_prior(prior, runtime=here)
-        if here.rank == 0:
-            doubt_blind(found)
+        doubt_blind(load_prior(prior, runtime=here), rank=here.rank)
 
     def change(images: ImageSet, **writing: Any) -> Publication:
         return restore(images, recovery, out, runtime=here, seed=seed, **writing)

@@ -29,6 +29,7 @@ METADATA = ("keep", "strip")
 MAX_PIXELS = 89_478_485
 WEBP_SIDE = 16_383
 
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 ORIENTATION, GPS, EXIF_IFD, MAKER_NOTE, INTEROPERABILITY = 0x0112, 0x8825, 0x8769, 0x927C, 0xA005
 # The EXIF tags that describe the picture: ImageDescription, Make, Model, Software, DateTime, Artist,
 # HostComputer, Copyright, Rating, XPTitle to XPSubject. Any other may describe the old file's
@@ -112,11 +113,9 @@ def measure(data: bytes) -> tuple[int, int]:
         _frames(image)  # what is skipped later must not decide at which size the others are seen
         width, height = image.size
         try:  # by its own tag Pillow has turned a TIFF file already
-            turned = ORIENTATION not in getattr(image, "tag_v2", ()) and image.getexif().get(ORIENTATION) in (
-                5,
-                6,
-                7,
-                8,
+            turned = (
+                ORIENTATION not in getattr(image, "tag_v2", ())
+                and image.getexif().get(ORIENTATION) in SIDEWAYS
             )
         except Exception:
             turned = False

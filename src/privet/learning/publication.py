@@ -83,9 +83,8 @@ def publish_changed(
         **record,
         "seed": job.seed,
         "data": images.digest,
-        "files": sha256(
-            "".join(file.sha256 for file in images.files).encode()
-        ),  # metadata, too, are carried over
+        # Metadata, too, are carried over.
+        "files": sha256("".join(file.sha256 for file in images.files).encode()),
         "images": len(images),
         "size": list(images.size),
         "class_names": list(images.class_names),

@@ -147,9 +147,8 @@ def trace(
     for copy, dot in dots.items():
         score = dot / math.sqrt(square) if square else 0.0
         bound = min(1.0, len(keys) * math.exp(-(max(score, 0.0) ** 2) / 2))
-        bound = max(
-            bound, sys.float_info.min
-        )  # none is ever impossible, though a float may not hold how improbable
+        # None is ever impossible, though a float may not hold how improbable.
+        bound = max(bound, sys.float_info.min)
         suspects.append(
             Suspect(copy=copy, score=score, false_accusation=bound, guilty=bound <= false_accusations)
         )
