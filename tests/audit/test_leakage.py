@@ -38,8 +38,10 @@ Make = Callable[..., Path]
 PLAN = LeakagePlan(inversions=(IG(steps=2),), defences=("topk-50",), clients=Clients(victims=2))
 
 
-def audit(out: Path, runtime: Runtime, plan: LeakagePlan = PLAN, **more: Any) -> LeakageAudit:
-    images = blocks(6)
+def audit(
+    out: Path, runtime: Runtime, plan: LeakagePlan = PLAN, *, images: ImageSet | None = None, **more: Any
+) -> LeakageAudit:
+    images = images or blocks(6)
     model = create_model(SMALL, classes=3, size=(16, 16), seed=1).train()
     given: dict[str, Any] = {"source": {"source": "blocks"}, **more}
     return audit_leakage(model, images, architecture=SMALL, out=out, plan=plan, runtime=runtime, **given)
@@ -56,6 +58,16 @@ def test_the_grid_has_a_control_beside_every_defence() -> None:
     )  # the closed form needs the first layer
     assert {one.attacker for one in grid if one.defence == "int8"} == {"aware", "naive"}
     assert len(replace(plan, layers=False).settings(["fc"])) == 9
+
+
+def test_every_image_is_on_record(tmp_path: Path, runtime: Runtime) -> None:
+    """Not the victims' alone: what a defence costs is measured with all."""
+    audit(tmp_path, runtime)
+    for index in range(6):
+        pixels = blocks(6).pixels.clone()
+        pixels[index] = 255 - pixels[index]
+        with pytest.raises(OutputError, match="other settings: images was"):
+            audit(tmp_path, runtime, images=blocks(6).with_pixels(pixels))
 
 
 def test_grids_that_cannot_be() -> None:

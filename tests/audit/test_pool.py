@@ -128,6 +128,19 @@ def test_whoever_ends_it_what_was_done_by_then_is_kept(tmp_path: Path) -> None:
     assert sorted(kept) == [1, 2]
 
 
+class Deaf:
+    def __call__(self, cell: int, progress: Progress) -> bool:
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="has no signal masks")
+def test_workers_never_hear_ctrl_c_and_who_starts_them_still_does() -> None:
+    kept: list[bool] = []
+    each([0, 1], Deaf, (), keep=kept.append, images=[1, 1], workers=2, threads=1)
+    assert kept == [True, True]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 class Killed:
     def __call__(self, cell: int, progress: Progress) -> int:
         if cell:
